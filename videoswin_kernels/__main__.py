@@ -1,0 +1,39 @@
+"""`python -m videoswin_kernels`: what each word of `kernels=` runs on this machine, or why not."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from videoswin_kernels import __version__
+from videoswin_kernels.selection import OPERATORS, WORDS, choose, device_types
+
+
+def main() -> None:
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    print(f"videoswin_kernels {__version__}, {versions}")
+    refusals: dict[str, str] = {}
+    for device_type in device_types():
+        name = torch.cuda.get_device_name() if device_type == "cuda" else platform.machine()
+        print(f"\non {device_type} ({name})")
+        print("".join(f"{column:<18}" for column in ("", *WORDS)).rstrip())
+        for operator in OPERATORS:
+            cells = [_cell(operator, word, device_type, refusals) for word in WORDS]
+            print("".join(f"{cell:<18}" for cell in (operator, *cells)).rstrip())
+    print("\n* unmeasured: no bench row has earned this place yet")
+    for word, reason in refusals.items():
+        print(f"{word} is refused: {reason}")
+
+
+def _cell(operator: str, word: str, device_type: str, refusals: dict[str, str]) -> str:
+    try:
+        choice = choose(operator, word, device_type)
+    except RuntimeError as error:
+        refusals[word] = str(error).partition("cannot run: ")[2]
+        return "-"
+    return choice.kernels if choice.row or word == "reference" else f"{choice.kernels} *"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What every contract checks alike: token grids, vectors over channels, and autocast."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from videoswin_kernels.geometry import Triple
+
+
+def check_tensor(where: str, name: str, value: object) -> None:
+    """Raises TypeError unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: {name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_grid(where: str, name: str, x: object, channels: str = "C") -> Triple:
+    """The token grid (D, H, W) of `x` `[B, D, H, W, channels]`; no extent but B may be 0."""
+    check_tensor(where, name, x)
+    if x.dim() != 5 or 0 in x.shape[1:]:
+        raise ValueError(
+            f"{where}: {name} must be [B, D, H, W, {channels}] with only B allowed to be 0, "
+            f"got {list(x.shape)}"
+        )
+    return tuple(x.shape[1:4])
+
+
+def check_floating(where: str, name: str, x: Tensor) -> None:
+    """Raises TypeError unless `x` is float64, float32, float16 or bfloat16."""
+    if x.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"{where}: {name} must be float64, float32, float16 or bfloat16, got {x.dtype}"
+        )
+
+
+def check_vector(where: str, name: str, value: object, length: int, like: Tensor) -> None:
+    """Raises unless `value` is a floating-point vector of that length on the device of `like`."""
+    check_tensor(where, name, value)
+    if value.shape != (length,):
+        raise ValueError(f"{where}: {name} must be [{length}], got {list(value.shape)}")
+    check_floating(where, name, value)
+    check_device(where, name, value, like)
+
+
+def check_device(where: str, name: str, value: Tensor, like: Tensor) -> None:
+    """Raises ValueError unless both tensors are on one device."""
+    if value.device != like.device:
+        raise ValueError(f"{where}: {name} must be on {like.device}, got {value.device}")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype autocast would give `x` before a matrix product, None where it leaves it alone.
+
+    Autocast never touches float64; everywhere else this is the dtype of the active region.
+    """
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def without_autocast(x: Tensor) -> torch.autocast:
+    """A context in which the arithmetic on the device of `x` is what the code says."""
+    device = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
+    return torch.autocast(device, enabled=False)

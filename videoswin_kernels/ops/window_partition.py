@@ -1,0 +1,81 @@
+"""Contract of `window_partition` and `window_reverse`: token grid to windows and back."""
+
+from __future__ import annotations
+
+from math import prod
+
+from torch import Tensor
+
+from videoswin_kernels import reference
+from videoswin_kernels.geometry import Triple, check_triple, check_window, clamp_window
+from videoswin_kernels.ops._checks import check_grid, check_tensor
+from videoswin_kernels.selection import resolve
+
+
+def window_partition(
+    x: Tensor, *, window: Triple, shift: Triple = (0, 0, 0), kernels: str = "auto"
+) -> Tensor:
+    """The windows of a token grid: padded with zeros, rolled by -shift, cut.
+
+    Args:
+        x: [B, D, H, W, C], any dtype, any strides.
+        window: configured window in tokens; an axis no longer than it is one window without shift.
+        shift: configured shift in tokens, 0 <= shift < window.
+        kernels: which implementation runs (`videoswin_kernels.selection`).
+
+    Returns:
+        [B*M, N, C], dtype of x: batch outermost, then windows and the tokens in each, both in
+        row-major order of (depth, height, width). Autocast changes nothing.
+
+    Raises:
+        TypeError: x is no tensor, window or shift no sequence of integers.
+        ValueError: a wrong rank, a window below 1, a shift outside its range, unknown `kernels`.
+        RuntimeError: the kernels asked for cannot run here.
+
+    Source: paper section 3.2; upstream `window_partition` and `get_window_size` at db018fb.
+    """
+    check_grid("window_partition", "x", x)
+    window, shift = check_window("window_partition", window, shift)
+    resolve("window_partition", kernels, x)
+    return reference.window_partition(x, window, shift)
+
+
+def window_reverse(
+    windows: Tensor,
+    *,
+    grid: Triple,
+    window: Triple,
+    shift: Triple = (0, 0, 0),
+    kernels: str = "auto",
+) -> Tensor:
+    """The token grid that `window_partition` cut into `windows`; what stood in padding is dropped.
+
+    Args:
+        windows: [B*M, N, C], any dtype, any strides.
+        grid: token grid (D, H, W) to return to.
+        window, shift: as configured for `window_partition`.
+        kernels: which implementation runs (`videoswin_kernels.selection`).
+
+    Returns:
+        [B, D, H, W, C], dtype of windows. Autocast changes nothing.
+
+    Raises:
+        TypeError: windows is no tensor; grid, window or shift no sequence of integers.
+        ValueError: windows does not fit the grid, a bad grid, window or shift, unknown `kernels`.
+        RuntimeError: the kernels asked for cannot run here.
+
+    Source: upstream `window_reverse` at db018fb.
+    """
+    where = "window_reverse"
+    check_tensor(where, "windows", windows)
+    grid = check_triple(where, "grid", grid, 1)
+    window, shift = check_window(where, window, shift)
+    clamped, _, padded = clamp_window(grid, window, shift)
+    tokens, count = prod(clamped), prod(padded) // prod(clamped)
+    if windows.dim() != 3 or windows.shape[1] != tokens or windows.shape[0] % count:
+        raise ValueError(
+            f"{where}: windows must be [B * {count}, {tokens}, C] for grid {grid} and window "
+            f"{window}, got {list(windows.shape)}"
+        )
+    resolve(where, kernels, windows)
+    return reference.window_reverse(windows, grid, window, shift)
