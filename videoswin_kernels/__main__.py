@@ -7,7 +7,7 @@ import platform
 import torch
 
 from videoswin_kernels import __version__
-from videoswin_kernels.selection import OPERATORS, WORDS, choose, device_types
+from videoswin_kernels.selection import OPERATORS, WORDS, UnavailableError, choose, device_types
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
 def _cell(operator: str, word: str, device_type: str, refusals: dict[str, str]) -> str:
     try:
         choice = choose(operator, word, device_type)
-    except RuntimeError as error:
+    except UnavailableError as error:
         refusals[word] = str(error).partition("cannot run: ")[2]
         return "-"
     return choice.kernels if choice.row or word == "reference" else f"{choice.kernels} *"

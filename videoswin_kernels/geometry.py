@@ -58,7 +58,8 @@ def clamp_window(grid: Triple, window: Triple, shift: Triple) -> tuple[Triple, T
     """The window and shift a grid really gets, and the padded grid: `(window, shift, padded)`.
 
     Per axis: where `size <= window` (equality included) the window becomes the size and the shift
-    becomes 0. The padded extent is the size rounded up to a multiple of that window.
+    becomes 0. The padded extent is the size rounded up to a multiple of that window. The arguments
+    are taken as checked.
 
     Source: upstream `get_window_size`.
     """
@@ -71,7 +72,8 @@ def clamp_window(grid: Triple, window: Triple, shift: Triple) -> tuple[Triple, T
 
 def table_rows(window: Triple) -> int:
     """Rows of the bias table of a configured window: one for each relative position."""
-    return prod(2 * extent - 1 for extent in window)
+    depth, height, width = window
+    return (2 * depth - 1) * (2 * height - 1) * (2 * width - 1)
 
 
 def _frozen(vector: np.ndarray) -> np.ndarray:

@@ -27,6 +27,10 @@ OPERATORS = (
 WORDS = ("auto", "fused", "reference", "triton", "cuda", "cpu")
 
 
+class UnavailableError(RuntimeError):
+    """The kernels asked for cannot run here: one sentence with the reason and the cure."""
+
+
 class Entry(NamedTuple):
     """A place in the order of preference, and the bench row that earned it (None: unmeasured)."""
 
@@ -67,16 +71,17 @@ def choose(operator: str, kernels: str, device_type: str) -> Choice:
 
     Raises:
         ValueError: an unknown word.
-        RuntimeError: no kernel set that the word allows can run, with the reason of each.
+        UnavailableError: no kernel set that the word allows can run, with the reason of each.
     """
     check_word(operator, kernels)
     if kernels == "reference":
         return Choice(operator, kernels, "asked for by name", None)
     if kernels in ABSENT:
-        raise RuntimeError(f"{operator}: kernels={kernels!r} cannot run: {ABSENT[kernels]}; {CURE}")
+        reason = ABSENT[kernels]
+        raise UnavailableError(f"{operator}: kernels={kernels!r} cannot run: {reason}; {CURE}")
     if kernels == "fused":
         reasons = "; ".join(f"{name}: {reason}" for name, reason in ABSENT.items())
-        raise RuntimeError(f"{operator}: kernels='fused' cannot run: {reasons}; {CURE}")
+        raise UnavailableError(f"{operator}: kernels='fused' cannot run: {reasons}; {CURE}")
     entry = TABLE[0]
     return Choice(operator, entry.kernels, f"first that runs on {device_type}", entry.row)
 
@@ -101,7 +106,7 @@ def explain(
 
     Raises:
         ValueError: an unknown operator, or a module without one.
-        RuntimeError: what the module asks for cannot run, with the reason.
+        UnavailableError: what the module asks for cannot run, with the reason.
     """
     if isinstance(module_or_operator, nn.Module):
         if example is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,18 @@ def check_device(where: str, name: str, value: Tensor, like: Tensor) -> None:
     """Raises ValueError unless both tensors are on one device."""
     if value.device != like.device:
         raise ValueError(f"{where}: {name} must be on {like.device}, got {value.device}")
+
+
+def check_number(where: str, name: str, value: object, low: float, high: float = inf) -> None:
+    """Raises unless `value` is a number from `low` to `high`."""
+    bounds = f">= {low}" if high == inf else f"from {low} to {high}"
+    if low == -inf:
+        bounds = "of any sign"
+    expected = f"{where}: {name} must be a number {bounds}, got {value!r}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(expected)
+    if not low <= value <= high:
+        raise ValueError(expected)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from videoswin_kernels.ops._checks import (
     check_device,
     check_floating,
     check_grid,
+    check_number,
     check_tensor,
     check_vector,
     without_autocast,
@@ -70,10 +73,11 @@ def window_attention(
         dtype first; the table stays as it is.
 
     Raises:
-        TypeError: no tensor, a dtype outside the above, window or shift no sequence of integers.
+        TypeError: no tensor, a dtype outside the above, window or shift no sequence of integers,
+            scale or dropout no number.
         ValueError: a wrong shape or device, a bad window or shift, heads that do not divide C, a
             dropout outside 0 to 1, or an unknown `kernels`.
-        RuntimeError: the kernels asked for cannot run here.
+        UnavailableError (a RuntimeError): the kernels asked for cannot run here.
 
     Source: paper section 3.2; upstream `WindowAttention3D`, `compute_mask` and
     `SwinTransformerBlock3D.forward_part1` at db018fb.
@@ -99,8 +103,8 @@ def window_attention(
     if pad_qkv is not None:
         check_vector(where, "pad_qkv", pad_qkv, 3 * channels, qkv)
         pad_qkv = pad_qkv.to(dtype)
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"{where}: dropout must be within 0 to 1, got {dropout}")
+    check_number(where, "scale", 0.0 if scale is None else scale, -inf)
+    check_number(where, "dropout", dropout, 0, 1)
     resolve(where, kernels, qkv)
     with without_autocast(qkv):
         return reference.window_attention(

@@ -27,7 +27,7 @@ def cyclic_shift(x: Tensor, shift: Triple, *, kernels: str = "auto") -> Tensor:
     Raises:
         TypeError: x is no tensor, or shift no sequence of integers.
         ValueError: x is not of rank 5, shift is not three integers, or an unknown `kernels`.
-        RuntimeError: the kernels asked for cannot run here.
+        UnavailableError (a RuntimeError): the kernels asked for cannot run here.
 
     Source: paper section 3.2; upstream `SwinTransformerBlock3D.forward_part1` at db018fb.
     """

@@ -9,6 +9,7 @@ from videoswin_kernels.ops._checks import (
     autocast_dtype,
     check_floating,
     check_grid,
+    check_number,
     check_vector,
     without_autocast,
 )
@@ -30,7 +31,7 @@ def patch_merging(
     Args:
         x: [B, D, H, W, C] float64, float32, float16 or bfloat16, any strides.
         weight, bias: [4C], floating point.
-        eps: added to the variance.
+        eps: added to the variance, at least 0.
         kernels: which implementation runs (`videoswin_kernels.selection`).
 
     Returns:
@@ -38,9 +39,9 @@ def patch_merging(
         Statistics and arithmetic are float32 (float64 for float64), rounded once.
 
     Raises:
-        TypeError: no tensor, or not floating point.
-        ValueError: a wrong shape or device, or an unknown `kernels`.
-        RuntimeError: the kernels asked for cannot run here.
+        TypeError: no tensor, not floating point, or an eps that is no number.
+        ValueError: a wrong shape or device, a negative eps, or an unknown `kernels`.
+        UnavailableError (a RuntimeError): the kernels asked for cannot run here.
 
     Source: upstream `PatchMerging` at db018fb, up to its Linear.
     """
@@ -49,6 +50,7 @@ def patch_merging(
     check_floating(where, "x", x)
     check_vector(where, "weight", weight, 4 * x.shape[-1], x)
     check_vector(where, "bias", bias, 4 * x.shape[-1], x)
+    check_number(where, "eps", eps, 0)
     resolve(where, kernels, x)
     dtype = autocast_dtype(x) or x.dtype
     with without_autocast(x):

@@ -10,6 +10,7 @@ from videoswin_kernels.ops._checks import (
     check_device,
     check_floating,
     check_grid,
+    check_number,
     check_tensor,
     check_vector,
     without_autocast,
@@ -40,7 +41,7 @@ def residual_norm(
         x: [B, D, H, W, C] float64, float32, float16 or bfloat16, any strides.
         branch: the same shape, any of these dtypes.
         weight, bias: [C], floating point.
-        eps: added to the variance.
+        eps: added to the variance, at least 0.
         branch_scale: [B], factor of the branch of each clip (stochastic depth: mask / keep), taken
             as a constant: it gets no gradient. None = 1.
         kernels: which implementation runs (`videoswin_kernels.selection`).
@@ -50,9 +51,9 @@ def residual_norm(
         and its norm in the same dtype, under autocast in that of autocast.
 
     Raises:
-        TypeError: no tensor, or not floating point.
-        ValueError: a wrong shape or device, a branch_scale that requires grad, unknown `kernels`.
-        RuntimeError: the kernels asked for cannot run here.
+        TypeError: no tensor, not floating point, or an eps that is no number.
+        ValueError: a wrong shape or device, a negative eps, a branch_scale that requires grad, unknown `kernels`.
+        UnavailableError (a RuntimeError): the kernels asked for cannot run here.
 
     Source: paper section 3.1 (pre-norm block); stochastic depth as timm 0.3.2 `DropPath`.
     """
@@ -74,6 +75,7 @@ def residual_norm(
             raise ValueError(
                 f"{where}: branch_scale must not require grad, got one that does; detach it"
             )
+    check_number(where, "eps", eps, 0)
     resolve(where, kernels, x)
     dtype = autocast_dtype(x) or x.dtype
     with without_autocast(x):

@@ -30,7 +30,7 @@ def window_partition(
     Raises:
         TypeError: x is no tensor, window or shift no sequence of integers.
         ValueError: a wrong rank, a window below 1, a shift outside its range, unknown `kernels`.
-        RuntimeError: the kernels asked for cannot run here.
+        UnavailableError (a RuntimeError): the kernels asked for cannot run here.
 
     Source: paper section 3.2; upstream `window_partition` and `get_window_size` at db018fb.
     """
@@ -62,7 +62,7 @@ def window_reverse(
     Raises:
         TypeError: windows is no tensor; grid, window or shift no sequence of integers.
         ValueError: windows does not fit the grid, a bad grid, window or shift, unknown `kernels`.
-        RuntimeError: the kernels asked for cannot run here.
+        UnavailableError (a RuntimeError): the kernels asked for cannot run here.
 
     Source: upstream `window_reverse` at db018fb.
     """

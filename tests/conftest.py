@@ -1,0 +1,24 @@
+"""Conditions every test runs under: few threads, a fixed seed, NaN in fresh memory."""
+
+import os
+
+# cuBLAS reads this once, when CUDA starts, and deterministic algorithms need it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    """Deterministic algorithms fill fresh memory with NaN, so that an unwritten output shows."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    state = torch.get_rng_state()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(0)
+    yield
+    torch.set_rng_state(state)
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

@@ -1,0 +1,1 @@
+"""Training, evaluation and the data they read; imports `model`, is imported by nothing else."""

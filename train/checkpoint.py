@@ -1,0 +1,51 @@
+"""Checkpoints: written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = "videoswin-kernels/1"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read: one sentence with the path and the reason."""
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Call `write(file)` on a binary file that replaces `path` only once it is safe on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with open(partial, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors, numbers, strings, lists and dicts of them) to `path`, atomically."""
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The state of a checkpoint that training wrote, its tensors on the CPU.
+
+    Raises:
+        CheckpointError: no such file, not a checkpoint, damaged, or of another format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"cannot load {path}: no such file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch raises half a dozen types here, from KeyError to UnpicklingError.
+        reason = f"not a checkpoint, or damaged ({type(error).__name__})"
+        raise CheckpointError(f"cannot load {path}: {reason}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"cannot load {path}: expected a file written by `python -m train`")
+    return state

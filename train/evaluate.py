@@ -1,0 +1,152 @@
+"""`python -m train.evaluate --checkpoint C`: a trained model on the test videos of its recipe."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from model import VideoSwin
+from train.allocator import set_allocator
+from train.checkpoint import CheckpointError, load_checkpoint
+from train.data import (
+    FRAME_ORDERS,
+    Broken,
+    ListError,
+    VideoDataset,
+    broken_summary,
+    build_loader,
+    ordered_batches,
+    read_list,
+)
+from train.metrics import mean_class_accuracy, top_k_accuracy, video_scores
+from train.recipe import Recipe, add_machine_options, build_model, from_dict
+from train.synthetic import CLASSES, OPPOSITE
+from train.transforms import normalize
+from videoswin_kernels.selection import UnavailableError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model made of a set of videos; those that could not be read are not in the scores.
+
+    Attributes:
+        scores: float32 [videos, classes], probabilities averaged over views.
+        labels: int64 [videos].
+        broken: the videos that could not be read.
+    """
+
+    scores: Tensor
+    labels: Tensor
+    broken: list[Broken]
+
+    @property
+    def top1(self) -> float:
+        """Share of videos predicted right, 0 to 1; NaN without any video."""
+        return top_k_accuracy(self.scores, self.labels, 1)
+
+    def numbers(self) -> dict[str, float]:
+        """Accuracies from 0 to 1, and how many videos they are over."""
+        return {
+            "top1": self.top1,
+            "top5": top_k_accuracy(self.scores, self.labels, 5),
+            "mean_class": mean_class_accuracy(self.scores.argmax(dim=1), self.labels),
+            "videos": len(self.labels),
+            "broken": len(self.broken),
+        }
+
+    def __str__(self) -> str:
+        numbers = self.numbers()
+        text = ", ".join(f"{name} {numbers[name]:.2%}" for name in ("top1", "top5", "mean_class"))
+        unread = f", {len(self.broken)} could not be read" if self.broken else ""
+        return f"{text} on {len(self.labels)} videos{unread}"
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, dataset: VideoDataset, batch_size: int, device: torch.device
+) -> Evaluation:
+    """The model, in eval mode, on each video of `dataset` once, in the order of the list."""
+    model.eval()
+    scores, labels, broken = [], [], []
+    batches = ordered_batches(len(dataset), batch_size)
+    for batch in build_loader(dataset, batches, device):
+        broken += batch.broken
+        if len(batch.labels):
+            logits = model(normalize(batch.clips.to(device, non_blocking=True)))
+            scores.append(video_scores(logits).cpu())
+            labels.append(batch.labels)
+    if not scores:
+        return Evaluation(torch.empty(0, 1), torch.empty(0, dtype=torch.int64), broken)
+    return Evaluation(torch.cat(scores), torch.cat(labels), broken)
+
+
+def load_trained(
+    path: str | Path, kernels: str, device: torch.device
+) -> tuple[VideoSwin, Recipe, list[str]]:
+    """The model of a checkpoint in eval mode, its recipe, and its class names.
+
+    Raises:
+        CheckpointError: `path` cannot be read or was not written by `python -m train`.
+    """
+    state = load_checkpoint(path)
+    recipe, classes = from_dict(state["recipe"]), state["classes"]
+    model = build_model(recipe.model, len(classes), kernels)
+    model.load_state_dict(state["model"])
+    return model.to(device).eval(), recipe, classes
+
+
+def print_frame_orders(results: dict[str, Evaluation], opposite: tuple[int, ...] | None) -> None:
+    """A table of the top-1 of each order of the frames, and how often the opposite class wins."""
+    print(f"\n{'frames':<20}{'top-1':>8}{'opposite class' if opposite else '':>18}")
+    for order, result in results.items():
+        line = f"{order:<20}{result.top1:>8.1%}"
+        if opposite:
+            turned = torch.tensor(opposite)[result.labels]
+            line += f"{top_k_accuracy(result.scores, turned, 1):>18.1%}"
+        print(line)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Evaluate as the command line says; the exit status: 0 done, 1 refused."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.evaluate",
+        description="Test a trained model: views averaged after the softmax, each video once.",
+        epilog="Any field of the checkpoint's recipe can be set: --data.root=DIR ...",
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="FILE")
+    parser.add_argument(
+        "--frame-orders", action="store_true", help="also still, shuffled, reversed"
+    )
+    add_machine_options(parser)
+    options, overrides = parser.parse_known_args(arguments)
+    print(set_allocator(options.allocator))
+    device = torch.device(options.device)
+    try:
+        model, recipe, classes = load_trained(options.checkpoint, options.kernels, device)
+        recipe = tyro.cli(Recipe, prog="--checkpoint FILE", default=recipe, args=overrides)
+        data = recipe.data
+        videos = read_list(Path(data.root, data.test_list), len(classes))
+        results = {}
+        for order in FRAME_ORDERS if options.frame_orders else ["as filmed"]:
+            dataset = VideoDataset(videos, data, frame_order=order)
+            results[order] = evaluate(model, dataset, recipe.loop.test_batch_size, device)
+    except (CheckpointError, ListError, UnavailableError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    filmed = results["as filmed"]
+    print(filmed)
+    if filmed.broken:
+        print(broken_summary(filmed.broken))
+    if options.frame_orders:
+        print_frame_orders(results, OPPOSITE if tuple(classes) == CLASSES else None)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

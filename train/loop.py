@@ -1,0 +1,235 @@
+"""A training run: steps, reports, tests, checkpoints, and going on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from model import VideoSwin
+from train.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from train.curves import draw_curves
+from train.data import EpochBatches, VideoDataset, build_loader, read_class_names, read_list
+from train.evaluate import Evaluation, evaluate
+from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from train.recipe import Recipe, build_model, differences, from_dict, to_dict
+from train.transforms import normalize
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or go on: one sentence."""
+
+
+class Run:
+    """One training run and its folder: last.pt, best.pt, metrics.jsonl, curves.png, recipe.json.
+
+    Attributes:
+        step: steps done.
+        broken: videos that could not be read so far, path to reason.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        output: Path,
+        *,
+        kernels: str = "auto",
+        device: str | torch.device = "cpu",
+        resume: bool = False,
+    ) -> None:
+        """Prepare the run: lists, model, optimiser; with `resume` from `output/last.pt`.
+
+        Raises:
+            RunError: `output` holds a run and `resume` is off, or that run had another recipe.
+            ListError: an annotation list that cannot be used.
+            CheckpointError: last.pt cannot be read.
+        """
+        self.recipe, self.output, self.device = recipe, Path(output), torch.device(device)
+        data, loop = recipe.data, recipe.loop
+        self.classes = read_class_names(Path(data.root, data.class_names))
+        videos = read_list(Path(data.root, data.train_list), len(self.classes))
+        self.test_videos = read_list(Path(data.root, data.test_list), len(self.classes))
+        self.dataset = VideoDataset(videos, data, seed=loop.seed)
+        torch.manual_seed(loop.seed)
+        self.model: VideoSwin = build_model(recipe.model, len(self.classes), kernels)
+        self.model.to(self.device)
+        self.optimizer = build_optimizer(self.model, recipe.optim)
+        self.step, self.best_top1, self.broken = 0, 0.0, {}
+        if self.last.is_file():
+            if not resume:
+                raise RunError(
+                    f"{self.output} already holds a run; --resume continues it, "
+                    "another --output starts a new one"
+                )
+            self._restore()
+
+    @property
+    def last(self) -> Path:
+        return self.output / "last.pt"
+
+    @property
+    def metrics(self) -> Path:
+        return self.output / "metrics.jsonl"
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.dataset) // self.recipe.loop.batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        return self.steps_per_epoch * self.recipe.loop.epochs
+
+    def train(self) -> bool:
+        """Train to the last step; False if a signal ended the run early, after a checkpoint."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        recipe = json.dumps(to_dict(self.recipe), indent=2) + "\n"
+        write_atomically(self.output / "recipe.json", lambda file: file.write(recipe.encode()))
+        loop = self.recipe.loop
+        batches = EpochBatches(
+            len(self.dataset), loop.batch_size, loop.seed, loop.epochs, self.step
+        )
+        loader = build_loader(self.dataset, batches, self.device)
+        bar = tqdm(loader, initial=self.step, total=self.num_steps, unit="step", disable=None)
+        meter = Meter()
+        with stop_on_signals() as stop:
+            for batch in bar:
+                self._step(batch, meter)
+                is_epoch_end = self.step % self.steps_per_epoch == 0
+                if self.step % loop.report_every == 0 or is_epoch_end:
+                    numbers = meter.take()
+                    self._report("train", numbers)
+                    bar.set_postfix({name: f"{numbers[name]:.3f}" for name in ("loss", "top1")})
+                if is_epoch_end:
+                    self._end_epoch()
+                elif stop or (loop.checkpoint_every and self.step % loop.checkpoint_every == 0):
+                    self._save(self.last)
+                if stop:
+                    return False
+        return True
+
+    def _step(self, batch: Any, meter: Meter) -> None:
+        """One step of the optimiser; without a readable video it counts, and changes nothing."""
+        for video in batch.broken:
+            self.broken[video.path] = video.reason
+        # Stochastic depth and dropout are a function of the step, whatever was drawn before: a
+        # resumed run draws what the uninterrupted one would have.
+        torch.manual_seed(self.recipe.loop.seed * 2**32 + self.step)
+        settings = self.recipe.optim
+        factor = learning_rate_factor(
+            self.step, self.steps_per_epoch, self.recipe.loop.epochs, settings
+        )
+        set_learning_rate(self.optimizer, settings.lr * factor)
+        if len(batch.labels):
+            self.model.train()
+            clips = normalize(batch.clips[:, 0].to(self.device, non_blocking=True))
+            labels = batch.labels.to(self.device, non_blocking=True)
+            logits = self.model(clips)
+            loss = F.cross_entropy(logits, labels)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            meter.add(loss.detach(), logits.detach(), labels)
+        self.step += 1
+
+    def _end_epoch(self) -> None:
+        """Save; test where it is due; keep the best."""
+        epoch = self.step // self.steps_per_epoch
+        is_due = epoch % self.recipe.loop.evaluate_every == 0 or self.step == self.num_steps
+        if is_due:
+            result = self.evaluate()
+            self._report("test", result.numbers())
+            tqdm.write(f"epoch {epoch}: {result}")
+            if result.top1 > self.best_top1:
+                self.best_top1 = result.top1
+                self._save(self.output / "best.pt")
+            draw_curves(self.metrics, self.output / "curves.png")
+        self._save(self.last)
+
+    def evaluate(self, frame_order: str = "as filmed") -> Evaluation:
+        """The model on the test videos."""
+        dataset = VideoDataset(self.test_videos, self.recipe.data, frame_order=frame_order)
+        return evaluate(self.model, dataset, self.recipe.loop.test_batch_size, self.device)
+
+    def _report(self, kind: str, numbers: dict[str, float]) -> None:
+        line = {"kind": kind, "step": self.step, "epoch": self.step / self.steps_per_epoch}
+        line["lr"] = (
+            self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["lr_factor"]
+        )
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps({**line, **numbers}) + "\n")
+
+    def _save(self, path: Path) -> None:
+        save_checkpoint(
+            path,
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "recipe": to_dict(self.recipe),
+                "classes": self.classes,
+                "step": self.step,
+                "best_top1": self.best_top1,
+                "broken": self.broken,
+            },
+        )
+
+    def _restore(self) -> None:
+        state = load_checkpoint(self.last)
+        if changed := differences(from_dict(state["recipe"]), self.recipe):
+            raise RunError(f"{self.last} was made with another recipe: {'; '.join(changed)}")
+        if state["classes"] != self.classes:
+            raise RunError(f"{self.last} was made with other class names")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.best_top1 = state["step"], state["best_top1"]
+        self.broken = state["broken"]
+        # What the lost steps reported will be reported again.
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = "".join(line for line in lines if json.loads(line)["step"] <= self.step)
+        write_atomically(self.metrics, lambda file: file.write(kept.encode()))
+
+
+class Meter:
+    """Loss, accuracy and speed since the last report; nothing is read from the device before."""
+
+    def __init__(self) -> None:
+        self._start_again()
+
+    def _start_again(self) -> None:
+        self.losses, self.hits, self.clips, self.start = [], [], 0, time.monotonic()
+
+    def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        self.losses.append(loss)
+        self.hits.append((logits.argmax(dim=1) == labels).sum())
+        self.clips += len(labels)
+
+    def take(self) -> dict[str, float]:
+        """Mean loss, top-1 (0 to 1), clips and clips/s since the last call; starts again."""
+        numbers: dict[str, float] = {"loss": nan, "top1": nan, "clips": self.clips}
+        if self.losses:
+            numbers["loss"] = torch.stack(self.losses).mean().item()
+            numbers["top1"] = torch.stack(self.hits).sum().item() / self.clips
+        numbers["clips_per_second"] = self.clips / (time.monotonic() - self.start)
+        self._start_again()
+        return numbers
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[list[int]]:
+    """A list that SIGINT or SIGTERM make true: the step under way ends before the run does."""
+    received: list[int] = []
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(kind, lambda number, _: received.append(number)) for kind in kinds]
+    try:
+        yield received
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)

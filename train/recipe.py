@@ -1,0 +1,159 @@
+"""Recipes: everything that decides a run, as frozen data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, get_type_hints
+
+import torch
+import tyro
+
+from model import VideoSwin, create
+from train.data import DataSettings
+from train.optim import OptimSettings
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The model and what regularises it.
+
+    Attributes:
+        name: a name of `model.create`.
+        drop_path_rate: stochastic depth of the last block.
+        dropout: dropout before the classifier.
+        frozen_stages: -1 none; 0 the patch embedding; k also the first k stages.
+        use_checkpoint: recompute blocks in the backward pass to save memory.
+    """
+
+    name: str = "swin_t"
+    drop_path_rate: float = 0.1
+    dropout: float = 0.5
+    frozen_stages: int = -1
+    use_checkpoint: bool = False
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long, how much at a time, how often.
+
+    Attributes:
+        epochs: passes over the training videos.
+        batch_size: clips per step.
+        test_batch_size: videos per step of testing.
+        evaluate_every: epochs between tests; the last epoch is always tested.
+        report_every: steps between lines of metrics.jsonl.
+        checkpoint_every: steps between checkpoints, beside the one after each epoch; 0 = none.
+        seed: of the initial weights and of every random choice.
+    """
+
+    epochs: int = 30
+    batch_size: int = 8
+    test_batch_size: int = 1
+    evaluate_every: int = 5
+    report_every: int = 20
+    checkpoint_every: int = 1000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the numbers of a run; the kernels and the machine do not belong."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    loop: LoopSettings = field(default_factory=LoopSettings)
+
+
+RECIPES: dict[str, Recipe] = {
+    # Trained from scratch, so the backbone takes the full rate; a flip would swap left and right.
+    "demo": Recipe(
+        model=ModelSettings(name="swin_nano", drop_path_rate=0.0, dropout=0.0),
+        data=DataSettings(
+            root="runs/demo-videos",
+            clip_len=16,
+            short_side=64,
+            crop=56,
+            area=(0.6, 1.0),
+            flip=0.0,
+            test_clips=1,
+            test_crops=1,
+            test_short_side=64,
+            workers=1,
+        ),
+        optim=OptimSettings(lr=2e-3, backbone_lr=1.0, weight_decay=0.02, warmup_epochs=1),
+        loop=LoopSettings(epochs=12, batch_size=16, test_batch_size=16, evaluate_every=3),
+    ),
+}
+
+
+def resolve_recipe(name: str, overrides: Sequence[str]) -> Recipe:
+    """The recipe of a name with command-line overrides such as `--optim.lr=0.01` applied.
+
+    Unknown fields and wrong types end the program with the nearest valid names.
+    """
+    return tyro.cli(Recipe, prog=f"--recipe {name}", default=RECIPES[name], args=list(overrides))
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as nested dicts, lists, numbers and strings, as JSON would give them back."""
+    return json.loads(json.dumps(asdict(recipe)))
+
+
+def from_dict(values: dict[str, Any], kind: type = Recipe) -> Any:
+    """The recipe that `to_dict` made `values` of; raises TypeError for unknown fields."""
+    hints = get_type_hints(kind)
+    known = {field.name for field in fields(kind)}
+    if unknown := set(values) - known:
+        raise TypeError(f"{kind.__name__}: unknown fields {', '.join(sorted(unknown))}")
+    return kind(
+        **{
+            name: from_dict(value, hints[name])
+            if is_dataclass(hints[name])
+            else tuple(value)
+            if isinstance(value, list)
+            else value
+            for name, value in values.items()
+        }
+    )
+
+
+def differences(a: Recipe, b: Recipe) -> list[str]:
+    """The fields in which two recipes differ, as `part.field: a -> b`."""
+    flat = [
+        {
+            f"{part}.{name}": value
+            for part, values in asdict(r).items()
+            for name, value in values.items()
+        }
+        for r in (a, b)
+    ]
+    return [
+        f"{name}: {old!r} -> {flat[1][name]!r}"
+        for name, old in flat[0].items()
+        if old != flat[1][name]
+    ]
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say where and how to run, and change no number but by rounding."""
+    has_cuda = torch.cuda.is_available()
+    parser.add_argument("--kernels", default="auto", metavar="WORD")
+    parser.add_argument("--device", default="cuda" if has_cuda else "cpu", metavar="DEVICE")
+    parser.add_argument("--allocator", choices=("pooled", "default"), default="pooled")
+
+
+def build_model(settings: ModelSettings, num_classes: int, kernels: str) -> VideoSwin:
+    """The classifier that a recipe describes, with fresh weights."""
+    return create(
+        settings.name,
+        num_classes=num_classes,
+        kernels=kernels,
+        drop_path_rate=settings.drop_path_rate,
+        dropout=settings.dropout,
+        frozen_stages=settings.frozen_stages,
+        use_checkpoint=settings.use_checkpoint,
+    )
