@@ -33,7 +33,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         drop_path_rate=0.4,
     ),
     # Ours, for demos and tests: two stages, trained in minutes on a CPU.
-    "swin_nano": dict(_COMMON, embed_dim=32, depths=(2, 2), num_heads=(1, 2), drop_path_rate=0.0),
+    "swin_nano": dict(
+        _COMMON,
+        embed_dim=64,
+        depths=(2, 2),
+        num_heads=(2, 4),
+        window_size=(4, 4, 4),
+        drop_path_rate=0.0,
+    ),
 }
 
 

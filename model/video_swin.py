@@ -11,6 +11,7 @@ Sources: Video Swin Transformer (Liu et al., CVPR 2022), section 3; upstream
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import count
 from math import prod
 
 import torch
@@ -303,7 +304,8 @@ class SwinTransformer3D(nn.Module):
         patch_embed_norm = norm_layer(embed_dim) if patch_norm else None
         self.patch_embed = PatchEmbed3D(patch_size, in_chans, embed_dim, patch_embed_norm)
         self.pos_drop = nn.Dropout(drop_rate)
-        drop_path = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        last_block = max(sum(depths) - 1, 1)
+        drop_path = (drop_path_rate * block / last_block for block in count())
         half = tuple(extent // 2 for extent in window_size)
         self.layers = nn.ModuleList()
         for stage, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
@@ -340,11 +342,14 @@ class SwinTransformer3D(nn.Module):
         self.init_weights()
         self._freeze_stages()
 
-    def init_weights(self) -> None:
-        """Linears: normal of std 0.02 (cut at +-2) and zero bias; the convolution keeps torch's."""
+    def init_weights(self, std: float = 0.02) -> None:
+        """Draw the Linears anew: normal weights (cut at +-2), zero biases.
+
+        The convolution keeps torch's initial values. 0.02 is upstream's for all widths.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 FORMAT = "videoswin-kernels/1"
 
@@ -49,3 +50,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"cannot load {path}: expected a file written by `python -m train`")
     return state
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Give `model` all its weights from a checkpoint, none missing and none left over.
+
+    Raises:
+        CheckpointError: the names or shapes are those of another model.
+    """
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        # torch's own message has a line for each of hundreds of weights.
+        reason = "its weights are those of another model, or of another version of this one"
+        raise CheckpointError(f"cannot load {path}: {reason}") from error

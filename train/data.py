@@ -7,6 +7,7 @@ reads what the uninterrupted one would have.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,8 @@ def read_list(path: Path, num_classes: int | None = None) -> list[tuple[str, int
 
 def read_class_names(path: Path) -> list[str]:
     """The class names of a data set, one a line; raises ListError if there are none."""
-    names = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise ListError(f"{path}: no such list of class names, or an empty one")
     return names
@@ -266,8 +268,15 @@ def build_loader(
         batch_sampler=batches,
         num_workers=dataset.settings.workers,
         collate_fn=collate,
+        worker_init_fn=_leave_signals_to_the_parent,
         pin_memory=device.type == "cuda",
     )
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach workers too; they must serve the step under way."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def ordered_batches(num_videos: int, batch_size: int) -> list[list[tuple[int, int]]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model import VideoSwin
 from train.allocator import set_allocator
-from train.checkpoint import CheckpointError, load_checkpoint
+from train.checkpoint import CheckpointError, load_checkpoint, load_weights
 from train.data import (
     FRAME_ORDERS,
     Broken,
@@ -92,12 +92,13 @@ def load_trained(
     """The model of a checkpoint in eval mode, its recipe, and its class names.
 
     Raises:
-        CheckpointError: `path` cannot be read or was not written by `python -m train`.
+        CheckpointError: `path` cannot be read, was not written by `python -m train`, or
+            holds another model.
     """
     state = load_checkpoint(path)
     recipe, classes = from_dict(state["recipe"]), state["classes"]
     model = build_model(recipe.model, len(classes), kernels)
-    model.load_state_dict(state["model"])
+    load_weights(model, state["model"], Path(path))
     return model.to(device).eval(), recipe, classes
 
 

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import nan
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import VideoSwin
-from train.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from train.checkpoint import load_checkpoint, load_weights, save_checkpoint, write_atomically
 from train.curves import draw_curves
 from train.data import EpochBatches, VideoDataset, build_loader, read_class_names, read_list
 from train.evaluate import Evaluation, evaluate
@@ -34,6 +34,7 @@ class Run:
 
     Attributes:
         step: steps done.
+        lr: learning rate of the last step, before the factors of the parameter groups.
         broken: videos that could not be read so far, path to reason.
     """
 
@@ -49,9 +50,10 @@ class Run:
         """Prepare the run: lists, model, optimiser; with `resume` from `output/last.pt`.
 
         Raises:
-            RunError: `output` holds a run and `resume` is off, or that run had another recipe.
+            RunError: `output` holds a run and `resume` is off, that run had another recipe, or the
+                recipe describes no model.
             ListError: an annotation list that cannot be used.
-            CheckpointError: last.pt cannot be read.
+            CheckpointError: last.pt cannot be read, or holds another model.
         """
         self.recipe, self.output, self.device = recipe, Path(output), torch.device(device)
         data, loop = recipe.data, recipe.loop
@@ -60,10 +62,13 @@ class Run:
         self.test_videos = read_list(Path(data.root, data.test_list), len(self.classes))
         self.dataset = VideoDataset(videos, data, seed=loop.seed)
         torch.manual_seed(loop.seed)
-        self.model: VideoSwin = build_model(recipe.model, len(self.classes), kernels)
+        try:
+            self.model: VideoSwin = build_model(recipe.model, len(self.classes), kernels)
+        except ValueError as error:
+            raise RunError(str(error)) from error
         self.model.to(self.device)
         self.optimizer = build_optimizer(self.model, recipe.optim)
-        self.step, self.best_top1, self.broken = 0, 0.0, {}
+        self.step, self.lr, self.best_top1, self.broken = 0, nan, -inf, {}
         if self.last.is_file():
             if not resume:
                 raise RunError(
@@ -93,6 +98,7 @@ class Run:
         self.output.mkdir(parents=True, exist_ok=True)
         recipe = json.dumps(to_dict(self.recipe), indent=2) + "\n"
         write_atomically(self.output / "recipe.json", lambda file: file.write(recipe.encode()))
+        self._forget_lost_reports()
         loop = self.recipe.loop
         batches = EpochBatches(
             len(self.dataset), loop.batch_size, loop.seed, loop.epochs, self.step
@@ -127,7 +133,8 @@ class Run:
         factor = learning_rate_factor(
             self.step, self.steps_per_epoch, self.recipe.loop.epochs, settings
         )
-        set_learning_rate(self.optimizer, settings.lr * factor)
+        self.lr = settings.lr * factor
+        set_learning_rate(self.optimizer, self.lr)
         if len(batch.labels):
             self.model.train()
             clips = normalize(batch.clips[:, 0].to(self.device, non_blocking=True))
@@ -141,7 +148,13 @@ class Run:
         self.step += 1
 
     def _end_epoch(self) -> None:
-        """Save; test where it is due; keep the best."""
+        """Save; test where it is due; keep the best; RunError if there was nothing to train on."""
+        if len(self.broken) == len(dict(self.dataset.videos)):
+            path, reason = next(iter(self.broken.items()))
+            raise RunError(
+                f"none of the {len(self.broken)} training videos could be read, "
+                f"the first being {path}: {reason}"
+            )
         epoch = self.step // self.steps_per_epoch
         is_due = epoch % self.recipe.loop.evaluate_every == 0 or self.step == self.num_steps
         if is_due:
@@ -160,10 +173,8 @@ class Run:
         return evaluate(self.model, dataset, self.recipe.loop.test_batch_size, self.device)
 
     def _report(self, kind: str, numbers: dict[str, float]) -> None:
-        line = {"kind": kind, "step": self.step, "epoch": self.step / self.steps_per_epoch}
-        line["lr"] = (
-            self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["lr_factor"]
-        )
+        epoch = self.step / self.steps_per_epoch
+        line = {"kind": kind, "step": self.step, "epoch": epoch, "lr": self.lr}
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps({**line, **numbers}) + "\n")
 
@@ -187,13 +198,22 @@ class Run:
             raise RunError(f"{self.last} was made with another recipe: {'; '.join(changed)}")
         if state["classes"] != self.classes:
             raise RunError(f"{self.last} was made with other class names")
-        self.model.load_state_dict(state["model"])
+        load_weights(self.model, state["model"], self.last)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.best_top1 = state["step"], state["best_top1"]
         self.broken = state["broken"]
-        # What the lost steps reported will be reported again.
+
+    def _forget_lost_reports(self) -> None:
+        """Drop from metrics.jsonl what steps after the checkpoint, if any, reported and will again.
+
+        A run that was killed leaves them, before its first checkpoint too, and the last line may be
+        half a line.
+        """
+        if not self.metrics.is_file():
+            return
         lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = "".join(line for line in lines if json.loads(line)["step"] <= self.step)
+        whole = [line for line in lines if line.endswith("}\n")]
+        kept = "".join(line for line in whole if json.loads(line)["step"] <= self.step)
         write_atomically(self.metrics, lambda file: file.write(kept.encode()))
 
 

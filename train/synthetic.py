@@ -53,7 +53,7 @@ _OVERSAMPLING = 4
 # Centres stay in a square around the frame's centre, so that a central square crop sees them.
 # In units of the frame height, like all lengths below.
 _CENTER = (-0.33, 0.33)
-_RADIUS = (0.135, 0.36)
+_RADIUS = (0.22, 0.5)
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ ATTRIBUTES = {
         },
         hues=((0.0, 0.12), (0.3, 0.45), (0.62, 0.76)),
         backgrounds=("plain", "linear", "noise"),
-        travels=((0.26, 0.34), (0.46, 0.54)),
+        travels=((0.36, 0.42), (0.54, 0.6)),
         turns=((80, 110), (160, 200)),
-        ratios=((1.6, 1.85), (2.3, 2.6)),
+        ratios=((1.6, 1.7), (2.0, 2.15)),
     ),
     "test": Attributes(
         shapes={
@@ -125,9 +125,9 @@ ATTRIBUTES = {
         },
         hues=((0.16, 0.26), (0.49, 0.58), (0.81, 0.95)),
         backgrounds=("stripes", "checker", "radial"),
-        travels=((0.37, 0.43),),
+        travels=((0.45, 0.51),),
         turns=((120, 150),),
-        ratios=((1.95, 2.2),),
+        ratios=((1.75, 1.95),),
     ),
 }
 """`Attributes` of the splits "train" and "test", which share no value."""
@@ -297,22 +297,21 @@ def _draw_colours(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the background, int32 [height, width, 3], and the shape's colour, int32 [3], RGB."""
 
-    def colour(hue: float, value: Interval) -> np.ndarray:
-        saturation = generator.uniform(0.45, 0.95)
-        return np.array(colorsys.hsv_to_rgb(hue, saturation, generator.uniform(*value)))
+    def colour(hue: float, saturation: Interval, value: Interval) -> np.ndarray:
+        return np.array(
+            colorsys.hsv_to_rgb(hue, generator.uniform(*saturation), generator.uniform(*value))
+        )
 
-    # Shape and background differ in brightness, in either direction, so that all can be seen; the
-    # two background colours share a hue, so that their blends have no hue of the other split.
-    dark, bright = (0.1, 0.4), (0.75, 1.0)
-    behind, front = (dark, bright) if generator.random() < 0.5 else (bright, dark)
-    shape = colour(_draw(attributes.hues, generator), front)
+    # The background is dim and pale and the shape much darker or much brighter, so that all can be
+    # seen; the two background colours share a hue, so that no blend has a hue of the other split.
+    front = (0.05, 0.15) if generator.random() < 0.5 else (0.85, 1.0)
+    shape = colour(_draw(attributes.hues, generator), (0.3, 0.7), front)
     hue = _draw(attributes.hues, generator)
-    first, second = colour(hue, behind), colour(hue, behind)
+    first, second = (colour(hue, (0.05, 0.3), (0.38, 0.5)) for _ in range(2))
     name = attributes.backgrounds[generator.integers(len(attributes.backgrounds))]
     mix = _pattern(name, generator, height, width)[..., None]
-    gain = 255 * generator.uniform(0.8, 1.0)
-    background = gain * (first + (second - first) * mix)
-    return background.astype(np.int32), (gain * shape).astype(np.int32)
+    background = 255 * (first + (second - first) * mix)
+    return background.astype(np.int32), (255 * shape).astype(np.int32)
 
 
 def _pattern(name: str, generator: np.random.Generator, height: int, width: int) -> np.ndarray:

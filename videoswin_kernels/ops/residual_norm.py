@@ -52,7 +52,8 @@ def residual_norm(
 
     Raises:
         TypeError: no tensor, not floating point, or an eps that is no number.
-        ValueError: a wrong shape or device, a negative eps, a branch_scale that requires grad, unknown `kernels`.
+        ValueError: a wrong shape or device, a negative eps, a branch_scale that requires grad, or
+            an unknown `kernels`.
         UnavailableError (a RuntimeError): the kernels asked for cannot run here.
 
     Source: paper section 3.1 (pre-norm block); stochastic depth as timm 0.3.2 `DropPath`.
