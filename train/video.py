@@ -20,7 +20,8 @@ What decord 0.6 does with damaged files, found by experiment (x86-64 Linux, 2 co
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import BinaryIO
 
 import numpy as np
@@ -134,12 +135,13 @@ class Video:
         """Return a fresh decord reader."""
         decord = _decord()
         try:
-            reader = decord.VideoReader(
-                self.path,
-                ctx=decord.cpu(0),
-                num_threads=self._num_threads,
-                fault_tol=_NO_REPEATED_FRAMES,
-            )
+            with _silent_stderr():
+                reader = decord.VideoReader(
+                    self.path,
+                    ctx=decord.cpu(0),
+                    num_threads=self._num_threads,
+                    fault_tol=_NO_REPEATED_FRAMES,
+                )
         except Exception as error:
             if "cannot find video stream" in str(error):
                 raise VideoError(self.path, "there is no video stream in the file") from None
@@ -232,6 +234,22 @@ def _check_file(path: str) -> None:
         raise VideoError(path, (error.strerror or str(error)).lower()) from None
     if size < declared:
         raise VideoError(path, f"the file is truncated, {size} of {declared} bytes are there")
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drop what is written to file descriptor 2: decord reports what it cannot open there.
+
+    Its log level does not reach that line. Python's own errors are raised, not written.
+    """
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _decord():
