@@ -5,7 +5,15 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
-from train.recipe import RECIPES, Recipe, differences, from_dict, resolve_recipe, to_dict
+from train.recipe import (
+    FREE_FIELDS,
+    RECIPES,
+    Recipe,
+    differences,
+    from_dict,
+    resolve_recipe,
+    to_dict,
+)
 
 # Upstream's settings, which nobody tunes.
 PLAIN = Recipe()
@@ -48,7 +56,7 @@ def test_an_unknown_field_is_refused_by_name(part):
 
 def test_without_overrides_the_recipe_is_the_named_one():
     for name, recipe in RECIPES.items():
-        assert resolve_recipe(name, []) == recipe
+        assert resolve_recipe(RECIPES[name], []) == recipe
 
 
 # Values that no recipe has, of each kind of field.
@@ -66,7 +74,7 @@ def test_without_overrides_the_recipe_is_the_named_one():
     ],
 )
 def test_an_override_changes_the_named_field_only(part, field, words, value):
-    resolved = resolve_recipe("plain", words)
+    resolved = resolve_recipe(RECIPES["plain"], words)
     assert resolved == changed(PLAIN, part, **{field: value})
     assert type(getattr(getattr(resolved, part), field)) is type(value)
     (difference,) = differences(PLAIN, resolved)
@@ -75,12 +83,12 @@ def test_an_override_changes_the_named_field_only(part, field, words, value):
 
 def test_an_unknown_override_ends_the_program_and_names_a_valid_field(capsys):
     with pytest.raises(SystemExit) as caught:
-        resolve_recipe("plain", ["--optim.learning-rat=0.1"])
+        resolve_recipe(RECIPES["plain"], ["--optim.learning-rat=0.1"])
     assert caught.value.code != 0
     said = capsys.readouterr().err
     assert "--optim.learning-rat" in said
     with pytest.raises(SystemExit):
-        resolve_recipe("plain", ["--loop.epoch=3"])
+        resolve_recipe(RECIPES["plain"], ["--loop.epoch=3"])
     assert "--loop.epochs" in capsys.readouterr().err
 
 
@@ -100,7 +108,7 @@ def test_an_unknown_override_ends_the_program_and_names_a_valid_field(capsys):
 )
 def test_a_value_of_the_wrong_type_ends_the_program(words, capsys):
     with pytest.raises(SystemExit) as caught:
-        resolve_recipe("plain", words)
+        resolve_recipe(RECIPES["plain"], words)
     assert caught.value.code != 0
     assert words[-1].partition("=")[2] in capsys.readouterr().err
 
@@ -114,3 +122,34 @@ def test_differences_name_every_changed_field_and_both_values():
         "optim.lr: 0.5 -> 0.25",
     ]
     assert differences(second, first)[1] == "optim.lr: 0.25 -> 0.5"
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("loop", "batch_size", 0),
+        ("loop", "epochs", 0),
+        ("loop", "evaluate_every", 0),
+        ("loop", "checkpoint_every", -1),
+        ("loop", "seed", -1),
+        ("loop", "seed", 2**31),
+        ("data", "clip_len", 0),
+        ("data", "workers", -1),
+        ("data", "test_short_side", 100),
+    ],
+)
+def test_a_value_no_run_could_use_is_refused_in_a_sentence(part, field, value, capsys):
+    with pytest.raises(ValueError, match=rf"^{part}\.{field} must be .*, got {value}$"):
+        changed(PLAIN, part, **{field: value})
+    with pytest.raises(SystemExit):
+        resolve_recipe(RECIPES["plain"], [f"--{part}.{field}={value}"])
+    assert f"{part}.{field} must be" in capsys.readouterr().err
+
+
+def test_a_run_may_go_on_from_another_folder_with_other_workers():
+    moved = changed(changed(PLAIN, "data", root="elsewhere", workers=7), "loop", report_every=3)
+    assert len(differences(PLAIN, moved)) == 3
+    assert differences(PLAIN, moved, FREE_FIELDS) == []
+    for name in FREE_FIELDS:
+        part, _, field = name.partition(".")
+        assert hasattr(getattr(PLAIN, part), field), name

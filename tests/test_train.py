@@ -236,11 +236,11 @@ def test_starting_over_an_existing_run_is_refused(whole, recipe, capsys):
 
 
 def test_resuming_with_another_recipe_names_what_changed(whole, recipe, capsys):
-    words = ["--resume", "--optim.lr=0.5", "--data.crop", "32"]
+    words = ["--resume", "--optim.lr=0.5", "--data.interval", "5"]
     assert suite.train(recipe, whole, *words) == 1
     assert capsys.readouterr().err == (
         f"{whole / 'last.pt'} was made with another recipe: "
-        "data.crop: 16 -> 32; optim.lr: 0.001 -> 0.5\n"
+        "data.interval: 1 -> 5; optim.lr: 0.001 -> 0.5\n"
     )
 
 

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(set_allocator(options.allocator))
     if options.recipe not in RECIPES:
         parser.error(f"--recipe must be one of {', '.join(RECIPES)}, got {options.recipe!r}")
-    recipe = resolve_recipe(options.recipe, ["--help"] if options.fields else overrides)
+    recipe = resolve_recipe(RECIPES[options.recipe], ["--help"] if options.fields else overrides)
     try:
         run = Run(
             recipe,
@@ -43,16 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
         )
         for choice in explain(run.model):
             print(f"{choice.operator}: {choice.kernels} ({choice.reason})")
-        print(
-            f"{recipe.model.name} on {options.device}, {len(run.dataset)} videos, step {run.step}",
-            end="",
-        )
-        print(f" of {run.num_steps}, {run.output}", flush=True)
+        where = f"step {run.step} of {run.num_steps}, {run.output}"
+        videos = f"{len(run.dataset)} training videos"
+        print(f"{recipe.model.name} on {options.device}, {videos}, {where}", flush=True)
         is_done = run.train()
     except (ListError, CheckpointError, RunError, UnavailableError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(broken_summary(list(run.broken.items())))
+    print(broken_summary([*run.broken.items(), *run.broken_test.items()]))
     if not is_done:
         print(f"stopped at step {run.step}; --resume goes on from there", file=sys.stderr)
         return 130

@@ -40,7 +40,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"cannot load {path}: no such file")
+        reason = "it is a folder" if path.is_dir() else "no such file"
+        raise CheckpointError(f"cannot load {path}: {reason}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

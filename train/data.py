@@ -63,6 +63,18 @@ class DataSettings:
     test_short_side: int = 224
     workers: int = 4
 
+    def __post_init__(self) -> None:
+        for name in ("clip_len", "interval", "crop", "test_clips"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("short_side", "test_short_side"):
+            if getattr(self, name) < self.crop:
+                raise ValueError(
+                    f"data.{name} must be at least data.crop {self.crop}, got {getattr(self, name)}"
+                )
+        if self.workers < 0:
+            raise ValueError(f"data.workers must be 0 or more, got {self.workers}")
+
 
 class Broken(NamedTuple):
     """A video that could not be read, and why."""

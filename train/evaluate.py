@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 from model import VideoSwin
@@ -25,7 +24,13 @@ from train.data import (
     read_list,
 )
 from train.metrics import mean_class_accuracy, top_k_accuracy, video_scores
-from train.recipe import Recipe, add_machine_options, build_model, from_dict
+from train.recipe import (
+    Recipe,
+    add_machine_options,
+    build_model,
+    recipe_of,
+    resolve_recipe,
+)
 from train.synthetic import CLASSES, OPPOSITE
 from train.transforms import normalize
 from videoswin_kernels.selection import UnavailableError
@@ -96,7 +101,7 @@ def load_trained(
             holds another model.
     """
     state = load_checkpoint(path)
-    recipe, classes = from_dict(state["recipe"]), state["classes"]
+    recipe, classes = recipe_of(state, path), state["classes"]
     model = build_model(recipe.model, len(classes), kernels)
     load_weights(model, state["model"], Path(path))
     return model.to(device).eval(), recipe, classes
@@ -130,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     try:
         model, recipe, classes = load_trained(options.checkpoint, options.kernels, device)
-        recipe = tyro.cli(Recipe, prog="--checkpoint FILE", default=recipe, args=overrides)
+        recipe = resolve_recipe(recipe, overrides)
         data = recipe.data
         videos = read_list(Path(data.root, data.test_list), len(classes))
         results = {}
@@ -141,9 +146,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     filmed = results["as filmed"]
-    print(filmed)
     if filmed.broken:
         print(broken_summary(filmed.broken))
+    if not len(filmed.labels):
+        print(f"none of the {len(videos)} test videos could be read", file=sys.stderr)
+        return 1
+    print(filmed)
     if options.frame_orders:
         print_frame_orders(results, OPPOSITE if tuple(classes) == CLASSES else None)
     return 0

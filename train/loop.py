@@ -21,7 +21,7 @@ from train.curves import draw_curves
 from train.data import EpochBatches, VideoDataset, build_loader, read_class_names, read_list
 from train.evaluate import Evaluation, evaluate
 from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
-from train.recipe import Recipe, build_model, differences, from_dict, to_dict
+from train.recipe import FREE_FIELDS, Recipe, build_model, differences, recipe_of, to_dict
 from train.transforms import normalize
 
 
@@ -35,7 +35,8 @@ class Run:
     Attributes:
         step: steps done.
         lr: learning rate of the last step, before the factors of the parameter groups.
-        broken: videos that could not be read so far, path to reason.
+        broken: training videos that could not be read so far, path to reason.
+        broken_test: the same of the last test.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Run:
         self.model.to(self.device)
         self.optimizer = build_optimizer(self.model, recipe.optim)
         self.step, self.lr, self.best_top1, self.broken = 0, nan, -inf, {}
+        self.broken_test: dict[str, str] = {}
         if self.last.is_file():
             if not resume:
                 raise RunError(
@@ -113,12 +115,12 @@ class Run:
                 if self.step % loop.report_every == 0 or is_epoch_end:
                     numbers = meter.take()
                     self._report("train", numbers)
-                    bar.set_postfix({name: f"{numbers[name]:.3f}" for name in ("loss", "top1")})
+                    bar.set_postfix(numbers)
                 if is_epoch_end:
                     self._end_epoch()
                 elif stop or (loop.checkpoint_every and self.step % loop.checkpoint_every == 0):
                     self._save(self.last)
-                if stop:
+                if stop and self.step < self.num_steps:
                     return False
         return True
 
@@ -159,6 +161,7 @@ class Run:
         is_due = epoch % self.recipe.loop.evaluate_every == 0 or self.step == self.num_steps
         if is_due:
             result = self.evaluate()
+            self.broken_test = dict(result.broken)
             self._report("test", result.numbers())
             tqdm.write(f"epoch {epoch}: {result}")
             if result.top1 > self.best_top1:
@@ -194,7 +197,8 @@ class Run:
 
     def _restore(self) -> None:
         state = load_checkpoint(self.last)
-        if changed := differences(from_dict(state["recipe"]), self.recipe):
+        changed = differences(recipe_of(state, self.last), self.recipe, FREE_FIELDS)
+        if changed:
             raise RunError(f"{self.last} was made with another recipe: {'; '.join(changed)}")
         if state["classes"] != self.classes:
             raise RunError(f"{self.last} was made with other class names")
@@ -232,8 +236,8 @@ class Meter:
         self.clips += len(labels)
 
     def take(self) -> dict[str, float]:
-        """Mean loss, top-1 (0 to 1), clips and clips/s since the last call; starts again."""
-        numbers: dict[str, float] = {"loss": nan, "top1": nan, "clips": self.clips}
+        """Clips and clips/s since the last call, their mean loss and top-1 (0 to 1) if any."""
+        numbers: dict[str, float] = {"clips": self.clips}
         if self.losses:
             numbers["loss"] = torch.stack(self.losses).mean().item()
             numbers["top1"] = torch.stack(self.hits).sum().item() / self.clips

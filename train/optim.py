@@ -75,7 +75,9 @@ def learning_rate_factor(
 ) -> float:
     """Factor of the learning rate at a step: a cosine by whole epochs, under a linear warm-up.
 
-    Within an epoch the cosine stands still; the warm-up moves at every step.
+    Within an epoch the cosine stands still; the warm-up moves at every step, and ends where it
+    should: mmcv goes on with its last factor to the end of the epoch where `warmup_epochs` times
+    the steps of an epoch is no whole number.
 
     Source: mmcv 1.3.3 `CosineAnnealingLrUpdaterHook` (by_epoch) with linear warm-up by epoch.
     """

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 import tyro
 
 from model import VideoSwin, create
+from train.checkpoint import CheckpointError
 from train.data import DataSettings
 from train.optim import OptimSettings
 from videoswin_kernels.selection import WORDS
@@ -60,10 +62,21 @@ class LoopSettings:
     checkpoint_every: int = 1000
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "test_batch_size", "evaluate_every", "report_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"loop.{name} must be at least 1, got {getattr(self, name)}")
+        if self.checkpoint_every < 0:
+            raise ValueError(
+                f"loop.checkpoint_every must be 0 or more, got {self.checkpoint_every}"
+            )
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"loop.seed must be from 0 to 2^31 - 1, got {self.seed}")
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the numbers of a run; the kernels and the machine do not belong."""
+    """Everything that decides the numbers of a run, and the few `FREE_FIELDS` that do not."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
@@ -96,12 +109,13 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def resolve_recipe(name: str, overrides: Sequence[str]) -> Recipe:
-    """The recipe of a name with command-line overrides such as `--optim.lr=0.01` applied.
+def resolve_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """`recipe` with command-line overrides such as `--optim.lr=0.01` applied.
 
-    Unknown fields and wrong types end the program with the nearest valid names.
+    Unknown fields, wrong types and values that the settings refuse end the program with a sentence
+    and the nearest valid names.
     """
-    return tyro.cli(Recipe, prog=f"--recipe {name}", default=RECIPES[name], args=list(overrides))
+    return tyro.cli(Recipe, prog="python -m train", default=recipe, args=list(overrides))
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -110,7 +124,12 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any], kind: type = Recipe) -> Any:
-    """The recipe that `to_dict` made `values` of; raises TypeError for unknown fields."""
+    """The recipe that `to_dict` made `values` of.
+
+    Raises:
+        TypeError: unknown fields.
+        ValueError: a value that its settings refuse.
+    """
     hints = get_type_hints(kind)
     known = {field.name for field in fields(kind)}
     if unknown := set(values) - known:
@@ -127,8 +146,28 @@ def from_dict(values: dict[str, Any], kind: type = Recipe) -> Any:
     )
 
 
-def differences(a: Recipe, b: Recipe) -> list[str]:
-    """The fields in which two recipes differ, as `part.field: a -> b`."""
+def recipe_of(checkpoint: dict[str, Any], path: str | Path) -> Recipe:
+    """The recipe in a checkpoint; CheckpointError if this version has not all of its fields."""
+    try:
+        return from_dict(checkpoint["recipe"])
+    except (TypeError, ValueError) as error:
+        reason = f"its recipe is that of another version ({error})"
+        raise CheckpointError(f"cannot load {path}: {reason}") from error
+
+
+# Where the files lie, how they are read and how often there is news: a run may go on with others.
+FREE_FIELDS = {
+    "data.root",
+    "data.workers",
+    "loop.test_batch_size",
+    "loop.evaluate_every",
+    "loop.report_every",
+    "loop.checkpoint_every",
+}
+
+
+def differences(a: Recipe, b: Recipe, ignored: Collection[str] = ()) -> list[str]:
+    """The fields in which two recipes differ, but for `ignored` ones, as `part.field: a -> b`."""
     flat = [
         {
             f"{part}.{name}": value
@@ -140,7 +179,7 @@ def differences(a: Recipe, b: Recipe) -> list[str]:
     return [
         f"{name}: {old!r} -> {flat[1][name]!r}"
         for name, old in flat[0].items()
-        if old != flat[1][name]
+        if old != flat[1][name] and name not in ignored
     ]
 
 

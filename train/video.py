@@ -13,9 +13,9 @@ What decord 0.6 does with damaged files, found by experiment (x86-64 Linux, 2 co
   packet was handed over. Low limits (16 to 256 here) fail on intact files as soon as the
   cores are busy, and no damaged file of ours came near decord's own limit of 10240: the limit is
   left alone.
-* Two kinds of intact files are refused: MPEG transport streams as FFmpeg writes them, and videos
-  with a rotation in their metadata (phones held upright), of which decord prepares batches of the
-  wrong size. Re-encode both.
+* Three kinds of intact files are refused: MPEG transport streams as FFmpeg writes them, videos with
+  a rotation in their metadata (phones held upright) and very narrow ones (48 pixels, say, where
+  FFmpeg pads the rows): for the last two decord prepares batches of the wrong size. Re-encode them.
 """
 
 import os
@@ -122,7 +122,7 @@ class Video:
         except Exception as error:
             # decord's message is a C++ stack trace, and its failed reader gives no more frames.
             if "size must exactly match" in str(error):
-                reason = "decord cannot read videos with a rotation, re-encode it upright"
+                reason = "decord cannot read it (a rotation, or very narrow): re-encode it upright"
             else:
                 reason = self._undecodable(unique)
             self._reader = self._open()
