@@ -1,6 +1,7 @@
 """Conditions every test runs under: few threads, a fixed seed, NaN in fresh memory."""
 
 import os
+from collections import Counter
 
 # cuBLAS reads this once, when CUDA starts, and deterministic algorithms need it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -9,6 +10,20 @@ import pytest
 import torch
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+seconds = Counter()
+
+
+def pytest_runtest_logreport(report):
+    """Adds up what each file takes, fixtures included."""
+    seconds[report.nodeid.partition("::")[0]] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints the files that take longest: the whole suite has ten minutes on two cores."""
+    terminalreporter.section("seconds per file")
+    for name, duration in seconds.most_common(12):
+        terminalreporter.write_line(f"{duration:7.1f}  {name}")
 
 
 @pytest.fixture(autouse=True)

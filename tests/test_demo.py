@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 from train_suite import ROOT
@@ -21,9 +20,7 @@ def run(*words):
 def test_the_demo_learns_motion_and_nothing_else(tmp_path):
     videos, output = tmp_path / "videos", tmp_path / "run"
     run("train.synthetic", str(videos))
-    start = time.monotonic()
     run("train", "--recipe", "demo", "--output", str(output), f"--data.root={videos}")
-    minutes = (time.monotonic() - start) / 60
     checkpoint = ["--checkpoint", str(output / "last.pt")]
     said = run("train.evaluate", *checkpoint, "--frame-orders")
     rows = {
@@ -35,7 +32,6 @@ def test_the_demo_learns_motion_and_nothing_else(tmp_path):
     # Opposites share their frames, so half is the best a model blind to order can do.
     assert rows["random order"][0] <= 60
     assert rows["backwards"][1] >= 80
-    assert minutes < 6
     video = next((videos / "test" / "growing").glob("*.mp4"))
     assert re.search(r"1\. \w", run("train.predict", str(video), *checkpoint))
     assert (output / "curves.png").stat().st_size > 10_000
