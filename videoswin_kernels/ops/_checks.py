@@ -9,6 +9,11 @@ from torch import Tensor
 
 from videoswin_kernels.geometry import Triple
 
+# Asked once: torch 2.10 cannot trace the question. A meta tensor, for one, is on none of these.
+AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)
+)
+
 
 def check_tensor(where: str, name: str, value: object) -> None:
     """Raises TypeError unless `value` is a tensor."""
@@ -68,12 +73,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     Autocast never touches float64; everywhere else this is the dtype of the active region.
     """
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if x.dtype == torch.float64 or device not in AUTOCAST_DEVICES:
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
     """A context in which the arithmetic on the device of `x` is what the code says."""
-    device = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
+    device = x.device.type if x.device.type in AUTOCAST_DEVICES else "cpu"
     return torch.autocast(device, enabled=False)
