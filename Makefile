@@ -24,18 +24,20 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OUTPUT) $(VIDEOS) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/bin/python:
+$(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed, $(PYTHON) is older; make PYTHON=..."; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "Python's venv failed; on Debian: apt install python3-venv"; exit 1; }
+	@touch $@
 
-$(VENV)/.demo: requirements.txt | $(VENV)/bin/python
+$(VENV)/.demo: requirements.txt | $(VENV)/.made
 	$(RUN) -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/.test: requirements-test.txt requirements.txt | $(VENV)/bin/python
+$(VENV)/.test: requirements-test.txt requirements.txt | $(VENV)/.made
 	$(RUN) -m pip install --quiet -r requirements-test.txt
 	touch $@ $(VENV)/.demo

@@ -237,7 +237,7 @@ class SwinTransformer3D(nn.Module):
         kernels: which implementation runs the operators (`videoswin_kernels.selection`).
         out_indices: stages whose tokens, taken before their merging and normalised, are returned
             as a tuple (dense features); each but the last adds a LayerNorm `norm0`, `norm1`, ...
-            None returns those of the last stage alone, as upstream.
+            Later stages do not run. None returns those of the last stage alone, as upstream.
 
     Shapes:
         clips [B, in_chans, T, H, W] floating point, any size from 1 frame and 1 pixel; returns
@@ -281,20 +281,34 @@ class SwinTransformer3D(nn.Module):
         _check_norm(where, norm_layer)
         patch_size = check_triple(where, "patch_size", patch_size, 1)
         window_size = check_triple(where, "window_size", window_size, 1)
+        depths = _check_integers(where, "depths", depths)
+        num_heads = _check_integers(where, "num_heads", num_heads)
+        (embed_dim,) = _check_integers(where, "embed_dim", (embed_dim,))
+        (in_chans,) = _check_integers(where, "in_chans", (in_chans,))
+        for name, rate in (
+            ("drop_rate", drop_rate),
+            ("attn_drop_rate", attn_drop_rate),
+            ("drop_path_rate", drop_path_rate),
+        ):
+            if not 0 <= rate < 1:
+                raise ValueError(f"{where}: {name} must be at least 0 and below 1, got {rate}")
+        if mlp_ratio <= 0:
+            raise ValueError(f"{where}: mlp_ratio must be above 0, got {mlp_ratio}")
         num_stages = len(depths)
         if len(num_heads) != num_stages:
             raise ValueError(
                 f"{where}: num_heads must have one entry per stage of depths {list(depths)}, "
                 f"got {list(num_heads)}"
             )
-        if not -1 <= frozen_stages <= num_stages:
+        if frozen_stages not in range(-1, num_stages + 1):
             raise ValueError(
                 f"{where}: frozen_stages must be -1 to {num_stages}, got {frozen_stages}"
             )
         self.out_indices = None if out_indices is None else tuple(out_indices)
-        if any(not 0 <= index < num_stages for index in self.out_indices or ()):
+        if self.out_indices == () or not set(self.out_indices or ()) <= set(range(num_stages)):
             raise ValueError(
-                f"{where}: out_indices must be within 0 to {num_stages - 1}, got {out_indices}"
+                f"{where}: out_indices must be stages within 0 to {num_stages - 1}, "
+                f"got {out_indices}"
             )
         self.kernels = check_word(where, kernels)
         self.in_chans, self.embed_dim, self.num_stages = in_chans, embed_dim, num_stages
@@ -381,6 +395,8 @@ class SwinTransformer3D(nn.Module):
             if is_last if self.out_indices is None else stage in self.out_indices:
                 norm = self.norm if is_last else self.get_submodule(f"norm{stage}")
                 features.append(norm(x).permute(0, 4, 1, 2, 3))
+            if self.out_indices is not None and stage == max(self.out_indices):
+                break
             if layer.downsample is not None:
                 x = layer.downsample(x)
         return features[0] if self.out_indices is None else tuple(features)
@@ -414,6 +430,7 @@ class VideoSwin(nn.Module):
 
     def __init__(self, backbone: SwinTransformer3D, num_classes: int, dropout: float = 0.5) -> None:
         super().__init__()
+        _check_integers("VideoSwin", "num_classes", (num_classes,))
         if backbone.out_indices is not None:
             raise ValueError(
                 "VideoSwin: backbone must return one feature map, got one with out_indices "
@@ -430,7 +447,17 @@ class VideoSwin(nn.Module):
             )
         leading = clips.shape[:-4]
         logits = self.cls_head(self.backbone(clips.reshape(prod(leading), *clips.shape[-4:])))
-        return logits.reshape(*leading, -1) if clips.dim() == 6 else logits
+        return logits.unflatten(0, leading) if clips.dim() == 6 else logits
+
+
+def _check_integers(where: str, name: str, values: Sequence[int]) -> tuple[int, ...]:
+    """`values` as a tuple of at least one integer, each at least 1; raises ValueError otherwise."""
+    is_sequence = hasattr(values, "__len__") and not isinstance(values, str)
+    items = tuple(values) if is_sequence else ()
+    if not items or any(not isinstance(item, int) or item < 1 for item in items):
+        got = values[0] if is_sequence and len(values) == 1 else values
+        raise ValueError(f"{where}: {name} must be integers of at least 1, got {got!r}")
+    return items
 
 
 def _check_norm(where: str, norm_layer: object) -> None:

@@ -22,6 +22,8 @@ STATE = {
     "step": 7,
     "best_top1": 0.25,
     "broken": {"a b.mp4": "the file is empty"},
+    "classes": ["left", "right"],
+    "videos": "a digest",
 }
 
 
@@ -62,10 +64,15 @@ def test_what_was_saved_is_loaded(saved):
     for name, tensor in STATE["model"].items():
         assert torch.equal(state["model"][name], tensor)
     assert torch.equal(state["optimizer"]["state"][0]["step"], torch.tensor(3.0))
-    for key in ("recipe", "step", "best_top1", "broken"):
+    for key in ("recipe", "step", "best_top1", "broken", "classes", "videos"):
         assert state[key] == STATE[key]
     assert state.keys() == STATE.keys()
     assert os.listdir(saved.parent) == ["last.pt"]
+
+
+def test_a_checkpoint_without_something_is_refused_by_its_name(saved):
+    save_checkpoint(saved, {key: value for key, value in STATE.items() if key != "classes"})
+    assert refusal(saved) == "it has no classes"
 
 
 def test_a_write_that_dies_half_way_leaves_the_old_checkpoint(saved):
@@ -85,7 +92,7 @@ def test_a_write_that_dies_half_way_leaves_the_old_checkpoint(saved):
 def test_what_a_dead_write_left_is_overwritten(saved):
     partial = saved.with_name("last.pt.partial")
     partial.write_bytes(b"half a checkpoint, and longer than the next one" * 1000)
-    save_checkpoint(saved, {"step": 8})
+    save_checkpoint(saved, {**STATE, "step": 8})
     assert load_checkpoint(saved)["step"] == 8
     assert not partial.exists()
 

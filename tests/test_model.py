@@ -282,6 +282,7 @@ def test_views_are_clips_and_their_logits_stand_apart():
     logits = net(x)
     assert logits.shape == (2, 3, 7)
     torch.testing.assert_close(logits[1, 2], net(x[1, 2][None])[0])
+    assert net(x[:0]).shape == (0, 3, 7)
 
 
 def test_out_indices_return_the_tokens_before_each_merging():
@@ -296,7 +297,9 @@ def test_out_indices_return_the_tokens_before_each_merging():
     assert torch.equal(last, plain(x))
     stage = plain.layers[0](plain.patch_embed(x))
     torch.testing.assert_close(first.permute(0, 2, 3, 4, 1), F.layer_norm(stage, (16,)))
-    assert small(out_indices=(0,)).eval()(x)[0].shape == first.shape
+    early = small(out_indices=(0,)).eval()
+    early.layers[1].register_forward_hook(lambda *_: pytest.fail("a stage ran for nothing"))
+    assert early(x)[0].shape == first.shape
 
 
 def test_an_empty_batch_gives_empty_features():
@@ -342,7 +345,19 @@ def test_initial_weights():
         (dict(num_heads=(1,)), ValueError, r"num_heads must have one entry per stage"),
         (dict(num_heads=(3, 2)), ValueError, "num_heads must divide the 16 channels of stage 0"),
         (dict(frozen_stages=3), ValueError, "frozen_stages must be -1 to 2, got 3"),
-        (dict(out_indices=(2,)), ValueError, r"out_indices must be within 0 to 1, got \(2,\)"),
+        (
+            dict(out_indices=(2,)),
+            ValueError,
+            r"out_indices must be stages within 0 to 1, got \(2,\)",
+        ),
+        (dict(out_indices=()), ValueError, r"out_indices must be stages within 0 to 1, got \(\)"),
+        (dict(frozen_stages=None), ValueError, "frozen_stages must be -1 to 2, got None"),
+        (dict(num_heads=(0, 1)), ValueError, r"num_heads must be integers of at least 1.*\(0, 1\)"),
+        (dict(depths=()), ValueError, r"depths must be integers of at least 1, got \(\)"),
+        (dict(depths=2), ValueError, "depths must be integers of at least 1, got 2"),
+        (dict(embed_dim=0), ValueError, "embed_dim must be integers of at least 1, got 0"),
+        (dict(mlp_ratio=-1), ValueError, "mlp_ratio must be above 0, got -1"),
+        (dict(drop_path_rate=1.0), ValueError, "drop_path_rate must be at least 0 and below 1"),
         (dict(kernels="fast"), ValueError, "kernels must be one of auto, .*got 'fast'"),
         (dict(norm_layer=nn.BatchNorm1d), TypeError, "norm_layer must make nn.LayerNorm"),
         (

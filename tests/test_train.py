@@ -156,7 +156,10 @@ def test_ctrl_c_in_a_terminal_reaches_the_workers_and_the_run_still_ends_well(
     done = suite.signalled_train(with_workers, output, 7, "SIGINT", "--allocator", "default")
     assert done.returncode == 130, done.stderr
     assert done.stdout.splitlines()[0] == "allocator: default"
-    assert done.stderr == "stopped at step 8; --resume goes on from there\n"
+    assert done.stderr == (
+        "\nstopping after this step; once more to stop at once\n"
+        "stopped at step 8; --resume goes on from there\n"
+    )
     assert suite.train(with_workers, output, "--resume") == 0
     last, expected = (load_checkpoint(run / "last.pt") for run in (output, whole))
     suite.assert_same(last["model"], expected["model"])

@@ -50,6 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (ListError, CheckpointError, RunError, UnavailableError) as error:
         print(error, file=sys.stderr)
         return 1
+    except OSError as error:
+        # A folder that cannot be written to, a full disk.
+        print(f"{error.filename}: {(error.strerror or str(error)).lower()}", file=sys.stderr)
+        return 1
     print(broken_summary([*run.broken.items(), *run.broken_test.items()]))
     if not is_done:
         print(f"stopped at step {run.step}; --resume goes on from there", file=sys.stderr)

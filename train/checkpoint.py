@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 FORMAT = "videoswin-kernels/1"
+KEYS = {"model", "optimizer", "recipe", "classes", "step", "best_top1", "broken", "videos"}
 
 
 class CheckpointError(RuntimeError):
@@ -50,6 +51,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot load {path}: {reason}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"cannot load {path}: expected a file written by `python -m train`")
+    if missing := sorted(KEYS - set(state)):
+        raise CheckpointError(f"cannot load {path}: it has no {', '.join(missing)}")
     return state
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -74,6 +75,17 @@ class DataSettings:
                 )
         if self.workers < 0:
             raise ValueError(f"data.workers must be 0 or more, got {self.workers}")
+        if self.test_crops == 3 and self.test_short_side != self.crop:
+            raise ValueError(
+                f"data.test_short_side must be data.crop {self.crop} with three crops, "
+                f"got {self.test_short_side}"
+            )
+        for name, top in (("area", 1.0), ("aspect", inf)):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= top:
+                raise ValueError(f"data.{name} must rise from above 0, to {top}, got {low} {high}")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"data.flip must be from 0 to 1, got {self.flip}")
 
 
 class Broken(NamedTuple):
@@ -116,23 +128,32 @@ def read_list(path: Path, num_classes: int | None = None) -> list[tuple[str, int
     if not path.is_file():
         raise ListError(f"{path}: no such annotation list")
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
+    for number, line in enumerate(_read_lines(path), start=1):
+        words = line.rsplit(None, 1)
+        if not words:
             continue
-        name, _, label = line.strip().rpartition(" ")
-        if not name or not label.isdecimal():
+        name, label = words[0].strip(), words[-1]
+        if len(words) == 1 or not label.isdecimal():
             raise ListError(f"{path}:{number}: expected `path label`, got {line!r}")
         if num_classes is not None and int(label) >= num_classes:
             raise ListError(f"{path}:{number}: label must be below {num_classes}, got {label}")
-        pairs.append((name.strip(), int(label)))
+        pairs.append((name, int(label)))
     if not pairs:
         raise ListError(f"{path}: the annotation list has no lines")
     return pairs
 
 
+def _read_lines(path: Path) -> list[str]:
+    """The lines of a text file in UTF-8, with or without a byte order mark."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ListError(f"{path}: must be UTF-8 text, got byte {error.start} in another") from None
+
+
 def read_class_names(path: Path) -> list[str]:
     """The class names of a data set, one a line; raises ListError if there are none."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = _read_lines(path) if path.is_file() else []
     names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise ListError(f"{path}: no such list of class names, or an empty one")
@@ -286,7 +307,10 @@ def build_loader(
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach workers too; they must serve the step under way."""
+    """Ctrl-C and a scheduler's SIGTERM reach workers too; they must serve the step under way.
+
+    A second signal to the parent kills them (`train.loop.stop_on_signals`).
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -21,6 +21,7 @@ from train.data import (
     broken_summary,
     build_loader,
     ordered_batches,
+    read_class_names,
     read_list,
 )
 from train.metrics import mean_class_accuracy, top_k_accuracy, video_scores
@@ -28,6 +29,7 @@ from train.recipe import (
     Recipe,
     add_machine_options,
     build_model,
+    differences,
     recipe_of,
     resolve_recipe,
 )
@@ -102,9 +104,16 @@ def load_trained(
     """
     state = load_checkpoint(path)
     recipe, classes = recipe_of(state, path), state["classes"]
-    model = build_model(recipe.model, len(classes), kernels)
+    try:
+        model = build_model(recipe.model, len(classes), kernels)
+    except ValueError as error:
+        raise CheckpointError(f"cannot load {path}: {error}") from error
     load_weights(model, state["model"], Path(path))
     return model.to(device).eval(), recipe, classes
+
+
+# What `python -m train.evaluate` lets one set.
+TEST_FIELDS = ("data.", "loop.test_batch_size")
 
 
 def print_frame_orders(results: dict[str, Evaluation], opposite: tuple[int, ...] | None) -> None:
@@ -123,7 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m train.evaluate",
         description="Test a trained model: views averaged after the softmax, each video once.",
-        epilog="Any field of the checkpoint's recipe can be set: --data.root=DIR ...",
+        epilog="Fields of the checkpoint's recipe that say what is tested, and how many at a "
+        "time, can be set: --data.root=DIR --loop.test-batch-size=8 ...",
     )
     parser.add_argument("--checkpoint", required=True, metavar="FILE")
     parser.add_argument(
@@ -135,8 +145,13 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     try:
         model, recipe, classes = load_trained(options.checkpoint, options.kernels, device)
-        recipe = resolve_recipe(recipe, overrides)
+        trained, recipe = recipe, resolve_recipe(recipe, overrides)
+        if deaf := [d for d in differences(trained, recipe) if not d.startswith(TEST_FIELDS)]:
+            parser.error(f"{'; '.join(deaf)}: a trained model takes fields of data alone")
         data = recipe.data
+        names = Path(data.root, data.class_names)
+        if names.is_file() and read_class_names(names) != classes:
+            raise ListError(f"{names}: these are not the class names of {options.checkpoint}")
         videos = read_list(Path(data.root, data.test_list), len(classes))
         results = {}
         for order in FRAME_ORDERS if options.frame_orders else ["as filmed"]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import multiprocessing
+import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import inf, nan
+from math import inf, isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,14 @@ from tqdm import tqdm
 from model import VideoSwin
 from train.checkpoint import load_checkpoint, load_weights, save_checkpoint, write_atomically
 from train.curves import draw_curves
-from train.data import EpochBatches, VideoDataset, build_loader, read_class_names, read_list
+from train.data import (
+    EpochBatches,
+    VideoDataset,
+    build_loader,
+    read_class_names,
+    read_list,
+    stream,
+)
 from train.evaluate import Evaluation, evaluate
 from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from train.recipe import FREE_FIELDS, Recipe, build_model, differences, recipe_of, to_dict
@@ -55,12 +65,14 @@ class Run:
                 recipe describes no model.
             ListError: an annotation list that cannot be used.
             CheckpointError: last.pt cannot be read, or holds another model.
+            OSError: `output` cannot be made.
         """
         self.recipe, self.output, self.device = recipe, Path(output), torch.device(device)
         data, loop = recipe.data, recipe.loop
         self.classes = read_class_names(Path(data.root, data.class_names))
         videos = read_list(Path(data.root, data.train_list), len(self.classes))
         self.test_videos = read_list(Path(data.root, data.test_list), len(self.classes))
+        self.output.mkdir(parents=True, exist_ok=True)
         self.dataset = VideoDataset(videos, data, seed=loop.seed)
         torch.manual_seed(loop.seed)
         try:
@@ -80,6 +92,11 @@ class Run:
             self._restore()
 
     @property
+    def videos_digest(self) -> str:
+        """What the list of training videos is recognised by: its order decides every batch."""
+        return hashlib.sha256(json.dumps(self.dataset.videos).encode()).hexdigest()
+
+    @property
     def last(self) -> Path:
         return self.output / "last.pt"
 
@@ -97,7 +114,6 @@ class Run:
 
     def train(self) -> bool:
         """Train to the last step; False if a signal ended the run early, after a checkpoint."""
-        self.output.mkdir(parents=True, exist_ok=True)
         recipe = json.dumps(to_dict(self.recipe), indent=2) + "\n"
         write_atomically(self.output / "recipe.json", lambda file: file.write(recipe.encode()))
         self._forget_lost_reports()
@@ -114,6 +130,11 @@ class Run:
                 is_epoch_end = self.step % self.steps_per_epoch == 0
                 if self.step % loop.report_every == 0 or is_epoch_end:
                     numbers = meter.take()
+                    if not isfinite(numbers.get("loss", 0)):
+                        raise RunError(
+                            f"the loss is {numbers['loss']} at step {self.step}: a lower optim.lr "
+                            f"may help; {self.last} is from before"
+                        )
                     self._report("train", numbers)
                     bar.set_postfix(numbers)
                 if is_epoch_end:
@@ -130,7 +151,7 @@ class Run:
             self.broken[video.path] = video.reason
         # Stochastic depth and dropout are a function of the step, whatever was drawn before: a
         # resumed run draws what the uninterrupted one would have.
-        torch.manual_seed(self.recipe.loop.seed * 2**32 + self.step)
+        torch.manual_seed(int(stream("step", self.recipe.loop.seed, self.step).integers(2**32)))
         settings = self.recipe.optim
         factor = learning_rate_factor(
             self.step, self.steps_per_epoch, self.recipe.loop.epochs, settings
@@ -162,6 +183,12 @@ class Run:
         if is_due:
             result = self.evaluate()
             self.broken_test = dict(result.broken)
+            if not len(result.labels):
+                path, reason = result.broken[0]
+                raise RunError(
+                    f"none of the {len(self.test_videos)} test videos could be read, "
+                    f"the first being {path}: {reason}"
+                )
             self._report("test", result.numbers())
             tqdm.write(f"epoch {epoch}: {result}")
             if result.top1 > self.best_top1:
@@ -179,7 +206,7 @@ class Run:
         epoch = self.step / self.steps_per_epoch
         line = {"kind": kind, "step": self.step, "epoch": epoch, "lr": self.lr}
         with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps({**line, **numbers}) + "\n")
+            file.write(json.dumps({**line, **numbers}, allow_nan=False) + "\n")
 
     def _save(self, path: Path) -> None:
         save_checkpoint(
@@ -192,6 +219,7 @@ class Run:
                 "step": self.step,
                 "best_top1": self.best_top1,
                 "broken": self.broken,
+                "videos": self.videos_digest,
             },
         )
 
@@ -202,6 +230,11 @@ class Run:
             raise RunError(f"{self.last} was made with another recipe: {'; '.join(changed)}")
         if state["classes"] != self.classes:
             raise RunError(f"{self.last} was made with other class names")
+        if state["videos"] != self.videos_digest:
+            raise RunError(
+                f"{self.last} was made with another {self.recipe.data.train_list}; a changed list "
+                "needs a run of its own (--output)"
+            )
         load_weights(self.model, state["model"], self.last)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.best_top1 = state["step"], state["best_top1"]
@@ -248,10 +281,22 @@ class Meter:
 
 @contextmanager
 def stop_on_signals() -> Iterator[list[int]]:
-    """A list that SIGINT or SIGTERM make true: the step under way ends before the run does."""
+    """A list that SIGINT or SIGTERM make true: the step under way ends before the run does.
+
+    A second signal ends the process at once, and its workers, of which one may be stuck in a video.
+    """
     received: list[int] = []
     kinds = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(kind, lambda number, _: received.append(number)) for kind in kinds]
+
+    def stop(number: int, _frame: object) -> None:
+        if received:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            os._exit(128 + number)
+        received.append(number)
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")
+
+    before = [signal.signal(kind, stop) for kind in kinds]
     try:
         yield received
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import cos, pi
+from math import cos, inf, pi
 
 import torch
 from torch import nn
@@ -28,6 +28,13 @@ class OptimSettings:
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_epochs: float = 2.5
     warmup_start: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "backbone_lr", "weight_decay", "warmup_epochs", "warmup_start"):
+            if not 0 <= getattr(self, name) < inf:
+                raise ValueError(f"optim.{name} must be 0 or more, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas must be at least 0 and below 1, got {self.betas}")
 
 
 def name_factors(name: str, backbone_lr: float) -> tuple[float, float]:

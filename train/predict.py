@@ -19,6 +19,13 @@ from videoswin_kernels import explain
 from videoswin_kernels.selection import UnavailableError
 
 
+def _count(word: str) -> int:
+    """`word` as an integer of at least 1."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {word!r}")
+    return int(word)
+
+
 @torch.inference_mode()
 def main(arguments: list[str] | None = None) -> int:
     """Predict as the command line says; the exit status: 0 all read, 1 one was not."""
@@ -27,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("videos", nargs="+", metavar="VIDEO")
     parser.add_argument("--checkpoint", required=True, metavar="FILE")
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="classes shown (5)")
+    parser.add_argument("--top", type=_count, default=5, metavar="K", help="classes shown (5)")
     add_machine_options(parser)
     options = parser.parse_args(arguments)
     set_allocator(options.allocator)
@@ -47,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
             status = 1
             continue
         scores = video_scores(model(normalize(clips[None].to(device))))[0]
-        best = scores.topk(min(max(options.top, 1), len(classes)))
+        best = scores.topk(min(options.top, len(classes)))
         print(path)
         for rank, (score, label) in enumerate(zip(*best, strict=True), start=1):
             print(f"  {rank}. {classes[label]:<40} {score:>7.2%}")

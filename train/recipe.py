@@ -39,6 +39,14 @@ class ModelSettings:
     frozen_stages: int = -1
     use_checkpoint: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("drop_path_rate", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                value = getattr(self, name)
+                raise ValueError(f"model.{name} must be at least 0 and below 1, got {value}")
+        if self.init_std <= 0:
+            raise ValueError(f"model.init_std must be above 0, got {self.init_std}")
+
 
 @dataclass(frozen=True)
 class LoopSettings:
@@ -194,9 +202,9 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _device(word: str) -> str:
-    """`word` if tensors can be made on the device it names."""
+    """`word` if tensors that hold something can be made on the device it names."""
     try:
-        torch.empty(0, device=word)
+        torch.empty(0, device=word).tolist()
     except (RuntimeError, AssertionError) as error:
         # AssertionError is what a build of torch without CUDA raises.
         reason = str(error).partition("\n")[0]

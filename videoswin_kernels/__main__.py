@@ -7,7 +7,14 @@ import platform
 import torch
 
 from videoswin_kernels import __version__
-from videoswin_kernels.selection import OPERATORS, WORDS, UnavailableError, choose, device_types
+from videoswin_kernels.selection import (
+    OPERATORS,
+    TABLE,
+    WORDS,
+    UnavailableError,
+    choose,
+    device_types,
+)
 
 
 def main() -> None:
@@ -21,7 +28,9 @@ def main() -> None:
         for operator in OPERATORS:
             cells = [_cell(operator, word, device_type, refusals) for word in WORDS]
             print("".join(f"{cell:<18}" for cell in (operator, *cells)).rstrip())
-    print("\n* unmeasured: no bench row has earned this place yet")
+    if len(TABLE) > 1:
+        print("\n* unmeasured: no bench row has earned this place yet")
+    print()
     for word, reason in refusals.items():
         print(f"{word} is refused: {reason}")
 
@@ -32,7 +41,8 @@ def _cell(operator: str, word: str, device_type: str, refusals: dict[str, str]) 
     except UnavailableError as error:
         refusals[word] = str(error).partition("cannot run: ")[2]
         return "-"
-    return choice.kernels if choice.row or word == "reference" else f"{choice.kernels} *"
+    had_rivals = word in ("auto", "fused") and len(TABLE) > 1
+    return f"{choice.kernels} *" if had_rivals and choice.row is None else choice.kernels
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ def window_attention(
     q, k, v = rearrange(x, "bm n (qkv heads e) -> qkv bm heads n e", qkv=3, heads=num_heads)
 
     index = relative_position_index(configured, tokens, qkv.device)
-    bias = rearrange(bias_table[index.flatten()], "(i j) heads -> heads i j", i=tokens).to(wide)
+    # index_select: the backward of bias_table[index] adds in an order that varies with the threads.
+    bias = bias_table.index_select(0, index.flatten()).to(wide)
+    bias = rearrange(bias, "(i j) heads -> heads i j", i=tokens)
     if pad_qkv is not None:
         # An empty sum: it adds nothing, and ties pad_qkv to the output so that its gradient is
         # zeros, not None, on a grid without padding.
