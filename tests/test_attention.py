@@ -1,6 +1,7 @@
 """window_attention: the seven questions, autocast and the refusals."""
 
 import loops
+import numpy as np
 import operator_suite as suite
 import pytest
 import torch
@@ -305,3 +306,11 @@ def test_refusals(argument, value, said):
     arguments |= {"window": (2, 3, 3), "shift": (1, 1, 1), "num_heads": 2}
     with suite.refuses("window_attention", argument, said):
         window_attention(**{**arguments, argument.partition("|")[0]: value})
+
+
+def test_numbers_may_be_those_of_numpy():
+    qkv, table = torch.randn(1, 2, 3, 3, 12), torch.randn(27, 2)
+    plain = window_attention(qkv, table, window=(2, 2, 2), num_heads=2, scale=0.5)
+    scalars = {"num_heads": np.int64(2), "scale": np.float32(0.5), "dropout": np.float64(0)}
+    window = np.array([2, 2, 2])
+    assert torch.equal(window_attention(qkv, table, window=window, **scalars), plain)

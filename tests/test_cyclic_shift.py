@@ -113,3 +113,12 @@ def test_refusals(argument, value, said):
     arguments = {"x": torch.zeros(1, *GRID, 2), "shift": (1, 1, 1), argument: value}
     with suite.refuses("cyclic_shift", argument, said):
         cyclic_shift(**arguments)
+
+
+@pytest.mark.parametrize("shift", [(2**70, -(2**63), 10**30), (-7, 0, 12)])
+def test_a_shift_beyond_the_grid_and_beyond_64_bits_goes_round(shift):
+    x = torch.arange(3 * 4 * 5.0).view(1, 3, 4, 5, 1)
+    expected = torch.roll(
+        x, [s % size for s, size in zip(shift, (3, 4, 5), strict=True)], (1, 2, 3)
+    )
+    assert torch.equal(cyclic_shift(x, shift, kernels="reference"), expected)

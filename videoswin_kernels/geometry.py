@@ -31,7 +31,7 @@ def check_triple(where: str, name: str, value: object, minimum: int | None) -> T
     expected = (
         f"{where}: {name} must be three integers{bound} (depth, height, width), got {value!r}"
     )
-    if isinstance(value, str) or not hasattr(value, "__len__"):
+    if not isinstance(value, (list, tuple, np.ndarray)):
         raise TypeError(expected)
     items = tuple(value)
     for item in items:
@@ -216,6 +216,8 @@ def shift_index(grid: Triple, shift: Triple) -> np.ndarray:
     """
     grid = _check_grid("shift_index", grid)
     shift = check_triple("shift_index", "shift", shift, None)
+    # Within the grid first: NumPy takes no integer beyond 64 bits.
+    shift = [s % size for s, size in zip(shift, grid, strict=True)]
     tokens = np.arange(prod(grid)).reshape(grid)
     return _frozen(np.roll(tokens, shift, axis=(0, 1, 2)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import inf
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def check_number(where: str, name: str, value: object, low: float, high: float =
     if low == -inf:
         bounds = "of any sign"
     expected = f"{where}: {name} must be a number {bounds}, got {value!r}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(expected)
     if not low <= value <= high:
         raise ValueError(expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import inf
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ def window_attention(
 def _check_heads(packed: int, num_heads: object) -> int:
     """C of a packed axis of 3C channels that `num_heads` divides."""
     where = "window_attention"
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
+    if isinstance(num_heads, bool) or not isinstance(num_heads, Integral):
         raise TypeError(f"{where}: num_heads must be an integer >= 1, got {num_heads!r}")
     if num_heads < 1:
         raise ValueError(f"{where}: num_heads must be an integer >= 1, got {num_heads}")
