@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from videoswin_kernels import cyclic_shift
+from videoswin_kernels.geometry import shift_index
 
 GRID = (3, 5, 4)
 SHIFTS = [(0, 0, 0), (1, 2, 3), (-1, -2, -3), (0, 2, 0), (7, -11, 4), (-300, 0, 1)]
@@ -118,7 +119,8 @@ def test_refusals(argument, value, said):
 @pytest.mark.parametrize("shift", [(2**70, -(2**63), 10**30), (-7, 0, 12)])
 def test_a_shift_beyond_the_grid_and_beyond_64_bits_goes_round(shift):
     x = torch.arange(3 * 4 * 5.0).view(1, 3, 4, 5, 1)
-    expected = torch.roll(
-        x, [s % size for s, size in zip(shift, (3, 4, 5), strict=True)], (1, 2, 3)
-    )
+    within = [s % size for s, size in zip(shift, (3, 4, 5), strict=True)]
+    expected = torch.roll(x, within, (1, 2, 3))
     assert torch.equal(cyclic_shift(x, shift, kernels="reference"), expected)
+    index = torch.from_numpy(shift_index((3, 4, 5), shift).copy()).long()
+    assert torch.equal(x.flatten()[index], expected.flatten())

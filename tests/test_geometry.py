@@ -274,15 +274,8 @@ def test_vectors_agree_with_the_reference_operators(case):
 
 GOOD = {"grid": (4, 6, 6), "window": (2, 3, 3), "shift": (1, 1, 1)}
 NOT_THREE_INTS = [
-    {1, 2, 3},
-    b"abc",
-    (4, 6),
-    (1, 1, 1, 1),
-    (2.0, 3, 3),
-    (True, 3, 3),
-    3,
-    None,
-    "333",
+    *((4, 6), (1, 1, 1, 1), (2.0, 3, 3), (True, 3, 3)),
+    *({1, 2, 3}, b"abc", 3, None, "333"),
 ]
 
 
