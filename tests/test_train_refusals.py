@@ -78,13 +78,16 @@ def test_three_crops_need_the_short_side_of_the_crop(recipe):
         suite.changed(recipe, data={"test_crops": 3, "test_short_side": 32})
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(
-    recipe, tmp_path, monkeypatch, capsys
+# A checkpoint may be due where no report is.
+@pytest.mark.parametrize("report_every", [1, 100])
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(
+    recipe, tmp_path, monkeypatch, capsys, report_every
 ):
+    recipe = suite.changed(recipe, loop={"report_every": report_every, "checkpoint_every": 1})
     plain = loop.F.cross_entropy
     monkeypatch.setattr(loop.F, "cross_entropy", lambda *inputs: plain(*inputs) * float("nan"))
     assert suite.train(recipe, tmp_path / "run") == 1
-    assert sentence(capsys).startswith("the loss is nan at step 1: a lower optim.lr may help")
+    assert sentence(capsys).startswith("the loss is not finite by step 1: a lower optim.lr")
     assert not (tmp_path / "run" / "last.pt").exists()
 
 

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import inf, isfinite, nan
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -129,17 +129,14 @@ class Run:
                 self._step(batch, meter)
                 is_epoch_end = self.step % self.steps_per_epoch == 0
                 if self.step % loop.report_every == 0 or is_epoch_end:
+                    self._refuse_divergence(meter)
                     numbers = meter.take()
-                    if not isfinite(numbers.get("loss", 0)):
-                        raise RunError(
-                            f"the loss is {numbers['loss']} at step {self.step}: a lower optim.lr "
-                            f"may help; {self.last} is from before"
-                        )
                     self._report("train", numbers)
                     bar.set_postfix(numbers)
                 if is_epoch_end:
                     self._end_epoch()
                 elif stop or (loop.checkpoint_every and self.step % loop.checkpoint_every == 0):
+                    self._refuse_divergence(meter)
                     self._save(self.last)
                 if stop and self.step < self.num_steps:
                     return False
@@ -169,6 +166,11 @@ class Run:
             self.optimizer.zero_grad(set_to_none=True)
             meter.add(loss.detach(), logits.detach(), labels)
         self.step += 1
+
+    def _refuse_divergence(self, meter: Meter) -> None:
+        """RunError once a loss was no finite number: such weights must not replace good ones."""
+        if not all(loss.isfinite() for loss in meter.losses):
+            raise RunError(f"the loss is not finite by step {self.step}: a lower optim.lr may help")
 
     def _end_epoch(self) -> None:
         """Save; test where it is due; keep the best; RunError if there was nothing to train on."""
