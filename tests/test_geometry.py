@@ -12,7 +12,13 @@ from operator_suite import refuses
 from torch.nn import functional as F
 
 import videoswin_kernels as kernels
-from videoswin_kernels.geometry import WindowGeometry, clamp_window, merge_index, shift_index
+from videoswin_kernels.geometry import (
+    WindowGeometry,
+    clamp_window,
+    merge_index,
+    relative_position_index,
+    shift_index,
+)
 
 CLIP = (16, 56, 56)  # stage 1 of 32 frames of 224 x 224 pixels
 FULL = (8, 7, 7)
@@ -312,3 +318,15 @@ def test_the_smaller_functions_refuse_nonsense(value):
 def test_shift_index_refuses_a_shift_that_is_not_three_integers(value):
     with refuses("shift_index", "shift", value):
         shift_index((4, 6, 6), value)
+
+
+@pytest.mark.parametrize("window", [(8, 7, 7), (2, 3, 5), (1, 1, 1), (4, 1, 3)])
+def test_the_stored_index_is_that_of_the_loops(window):
+    index = relative_position_index(window)
+    assert index.dtype == np.int64
+    np.testing.assert_array_equal(index, loops.relative_rows(window, window))
+
+
+def test_the_stored_index_refuses_no_window():
+    with refuses("relative_position_index", "window", (8, 7)):
+        relative_position_index((8, 7))

@@ -208,6 +208,19 @@ def _bias_code(window: Triple, configured: Triple, order: str) -> tuple[np.ndarr
     return code_of(raster), int(code_of(prod(configured) - 1))
 
 
+def relative_position_index(window: Triple) -> np.ndarray:
+    """int64 [N, N]: the bias table row of query i (row) and key j (column) of a full window.
+
+    The buffer that official checkpoints store with each table, made here to check it and to write
+    it; no operator reads it. Raises TypeError or ValueError where `window` is none.
+
+    Source: upstream `WindowAttention3D.__init__`.
+    """
+    window = check_triple("relative_position_index", "window", window, 1)
+    code, offset = _bias_code(window, window, "dhw")
+    return code[:, None] - code[None, :] + offset
+
+
 def shift_index(grid: Triple, shift: Triple) -> np.ndarray:
     """int32 [D*H*W]: which flat token of x lands at each flat place of x rolled by `shift`.
 
