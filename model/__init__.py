@@ -1,6 +1,7 @@
-"""Video Swin Transformer: backbone, classifier, and the released sizes."""
+"""Video Swin Transformer: backbone, classifier, the released sizes, and weights for them."""
 
 from model.variants import create
 from model.video_swin import SwinTransformer3D, VideoSwin
+from model.weights import load_weights
 
-__all__ = ["SwinTransformer3D", "VideoSwin", "create"]
+__all__ = ["SwinTransformer3D", "VideoSwin", "create", "load_weights"]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from model.video_swin import SwinTransformer3D, VideoSwin
+from model.weights import load_weights
+from model.weights.download import locate
 
 # Every released model: patches of 2x4x4 with a norm, head width 32.
 # Sources: upstream configs/_base_/models/swin/*.py and configs/recognition/swin/*.py at db018fb.
@@ -48,7 +52,9 @@ def create(
     name: str,
     *,
     num_classes: int | None = None,
-    weights: None = None,
+    weights: str | Path | Mapping[str, Any] | None = None,
+    fresh: Collection[str] = (),
+    interpolate_time: bool = False,
     kernels: str = "auto",
     **overrides: Any,
 ) -> SwinTransformer3D | VideoSwin:
@@ -57,23 +63,30 @@ def create(
     Args:
         name: "swin_t", "swin_s", "swin_b", "swin_l", "swin_b_w1677" or "swin_nano".
         num_classes: classes of the head; None returns the bare backbone.
-        weights: None only; build the model, then load a state dict into it.
+        weights: what to begin with: a name of `model.weights.catalogue`, such as "k400" (upstream's
+            Kinetics-400) or "in1k" (2-D ImageNet), which is downloaded once; a URL; a file; or a
+            state dict. None draws them.
+        fresh, interpolate_time: as `load_weights` takes them; `fresh=("cls_head",)` for weights
+            of other classes.
         kernels: which implementation runs the operators (`videoswin_kernels.selection`).
         overrides: further arguments of `SwinTransformer3D`; `dropout` goes to the head (0.5).
 
     Raises:
-        ValueError: an unknown name, weights, or a value the model refuses.
+        ValueError: an unknown name, of a model or of weights, or a value the model refuses.
+        WeightsError: the weights cannot be had, read or used.
         TypeError: an override the model does not have.
     """
     if name not in VARIANTS:
         raise ValueError(f"create: name must be one of {', '.join(VARIANTS)}, got {name!r}")
-    if weights is not None:
-        raise ValueError(
-            f"create: weights must be None, got {weights!r}; "
-            "build the model and load a state dict into it"
-        )
+    if weights is None and (fresh or interpolate_time):
+        raise TypeError("create: fresh and interpolate_time belong to weights, which are None")
+    if isinstance(weights, (str, Path)):
+        weights = locate(name, weights)
     head = {"dropout": overrides.pop("dropout")} if "dropout" in overrides else {}
     if head and num_classes is None:
         raise TypeError("create: dropout belongs to the head, which needs num_classes")
     backbone = SwinTransformer3D(**{**VARIANTS[name], "kernels": kernels, **overrides})
-    return backbone if num_classes is None else VideoSwin(backbone, num_classes, **head)
+    model = backbone if num_classes is None else VideoSwin(backbone, num_classes, **head)
+    if weights is not None:
+        load_weights(model, weights, fresh=fresh, interpolate_time=interpolate_time)
+    return model

@@ -10,15 +10,19 @@ Sources: Video Swin Transformer (Liu et al., CVPR 2022), section 3; upstream
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from math import prod
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.weights.formats import is_index_of
+from model.weights.load import load_weights
 from videoswin_kernels import patch_merging, residual_norm, window_attention
 from videoswin_kernels.geometry import Triple, check_triple, table_rows
 from videoswin_kernels.selection import check_word
@@ -75,6 +79,7 @@ class WindowAttention3D(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.register_load_state_dict_pre_hook(_check_index)
 
     def forward(self, x: Tensor) -> Tensor:
         x = window_attention(
@@ -216,8 +221,9 @@ class SwinTransformer3D(nn.Module):
     """The backbone, with the official constructor's arguments, their defaults, and two more.
 
     Args:
-        pretrained: None only; build the model, then load a state dict into it.
-        pretrained2d: accepted for the official signature; means nothing without `pretrained`.
+        pretrained: weights to begin with, whatever `model.load_weights` takes.
+        pretrained2d: accepted for the official signature; the weights themselves show whether they
+            are 2-D.
         patch_size: frames, rows and columns of a patch; every released model has (2, 4, 4).
         in_chans: channels of a clip.
         embed_dim: channels after the patch embedding, doubled by each merging.
@@ -245,12 +251,13 @@ class SwinTransformer3D(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument outside the above.
+        WeightsError: `pretrained` cannot be read, or does not fit.
         RuntimeError: at the first forward, if the kernels asked for cannot run.
     """
 
     def __init__(
         self,
-        pretrained: None = None,
+        pretrained: str | Path | Mapping[str, Any] | None = None,
         pretrained2d: bool = True,
         patch_size: Triple = (4, 4, 4),
         in_chans: int = 3,
@@ -273,11 +280,6 @@ class SwinTransformer3D(nn.Module):
     ) -> None:
         super().__init__()
         where = type(self).__name__
-        if pretrained is not None:
-            raise ValueError(
-                f"{where}: pretrained must be None, got {pretrained!r}; "
-                "build the model and load a state dict into it"
-            )
         _check_norm(where, norm_layer)
         patch_size = check_triple(where, "patch_size", patch_size, 1)
         window_size = check_triple(where, "window_size", window_size, 1)
@@ -314,6 +316,7 @@ class SwinTransformer3D(nn.Module):
         self.in_chans, self.embed_dim, self.num_stages = in_chans, embed_dim, num_stages
         self.num_features = embed_dim * 2 ** (num_stages - 1)
         self.frozen_stages, self.use_checkpoint = frozen_stages, use_checkpoint
+        self.window_size = window_size
 
         patch_embed_norm = norm_layer(embed_dim) if patch_norm else None
         self.patch_embed = PatchEmbed3D(patch_size, in_chans, embed_dim, patch_embed_norm)
@@ -354,6 +357,8 @@ class SwinTransformer3D(nn.Module):
             if index < num_stages - 1:
                 self.add_module(f"norm{index}", norm_layer(embed_dim * 2**index))
         self.init_weights()
+        if pretrained is not None:
+            load_weights(self, pretrained)
         self._freeze_stages()
 
     def init_weights(self, std: float = 0.02) -> None:
@@ -458,6 +463,19 @@ def _check_integers(where: str, name: str, values: Sequence[int]) -> tuple[int, 
         got = values[0] if is_sequence and len(values) == 1 else values
         raise ValueError(f"{where}: {name} must be integers of at least 1, got {got!r}")
     return items
+
+
+def _check_index(
+    module: WindowAttention3D, state: dict[str, Tensor], prefix: str, *rest: object
+) -> None:
+    """Takes the index buffer of official files out of a state dict; it must be the window's own.
+
+    The shapes cannot tell: those of windows (8, 7, 7) and (7, 8, 7) are the same.
+    """
+    name = f"{prefix}relative_position_index"
+    if name in state and not is_index_of(state.pop(name), module.window_size):
+        errors = rest[-1]
+        errors.append(f"{name} is not that of the model's window {module.window_size}")
 
 
 def _check_norm(where: str, norm_layer: object) -> None:

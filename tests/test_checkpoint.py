@@ -7,13 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.checkpoint import (
-    FORMAT,
-    CheckpointError,
-    load_checkpoint,
-    save_checkpoint,
-    write_atomically,
-)
+from model.weights.files import FORMAT, write_atomically
+from train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 STATE = {
     "model": {"weight": torch.arange(6.0).view(2, 3), "bias": torch.tensor([0.1])},

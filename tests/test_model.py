@@ -339,7 +339,6 @@ def test_initial_weights():
 @pytest.mark.parametrize(
     ("overrides", "kind", "sentence"),
     [
-        (dict(pretrained="x.pth"), ValueError, "pretrained must be None, got 'x.pth'"),
         (dict(window_size=(8, 7)), ValueError, r"window_size must be three integers.*\(8, 7\)"),
         (dict(patch_size=(2, 4, 0)), ValueError, r"patch_size must be three.*\(2, 4, 0\)"),
         (dict(num_heads=(1,)), ValueError, r"num_heads must have one entry per stage"),
@@ -394,8 +393,10 @@ def test_kernels_that_cannot_run_are_refused_at_the_first_clip():
 def test_create_refuses():
     with pytest.raises(ValueError, match=r"create: name must be one of swin_t, .*got 'swin_x'"):
         create("swin_x")
-    with pytest.raises(ValueError, match="create: weights must be None"):
+    with pytest.raises(ValueError, match="create: weights must be a name that swin_nano has"):
         create("swin_nano", weights="k400")
+    with pytest.raises(TypeError, match="create: fresh and interpolate_time belong to weights"):
+        create("swin_nano", num_classes=3, fresh=("cls_head",))
     with pytest.raises(TypeError, match="create: dropout belongs to the head"):
         create("swin_nano", dropout=0.1)
     with pytest.raises(TypeError, match="window"):

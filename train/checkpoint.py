@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-FORMAT = "videoswin-kernels/1"
+import model.weights as formats
+from model import VideoSwin
+from model.weights.files import FORMAT, WeightsError, write_atomically
+
 KEYS = {"model", "optimizer", "recipe", "classes", "step", "best_top1", "broken", "videos"}
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read: one sentence with the path and the reason."""
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Call `write(file)` on a binary file that replaces `path` only once it is safe on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -56,15 +46,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+def load_weights(model: VideoSwin, weights: dict[str, torch.Tensor], path: Path) -> None:
     """Give `model` all its weights from a checkpoint, none missing and none left over.
 
     Raises:
-        CheckpointError: the names or shapes are those of another model.
+        CheckpointError: they do not fit.
     """
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        # torch's own message has a line for each of hundreds of weights.
-        reason = "its weights are those of another model, or of another version of this one"
-        raise CheckpointError(f"cannot load {path}: {reason}") from error
+        formats.load_weights(model, weights)
+    except WeightsError as error:
+        raise CheckpointError(f"cannot load {path}: {error}") from error

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import VideoSwin
-from train.checkpoint import load_checkpoint, load_weights, save_checkpoint, write_atomically
+from model.weights.files import write_atomically
+from train.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from train.curves import draw_curves
 from train.data import (
     EpochBatches,
@@ -215,6 +216,7 @@ class Run:
             path,
             {
                 "model": self.model.state_dict(),
+                "window_size": list(self.model.backbone.window_size),
                 "optimizer": self.optimizer.state_dict(),
                 "recipe": to_dict(self.recipe),
                 "classes": self.classes,
