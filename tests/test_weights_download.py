@@ -118,7 +118,7 @@ def test_the_right_digest_is_accepted(server, tmp_path, length, spell):
 
 
 # The last differs at its end alone.
-@pytest.mark.parametrize("wrong", [digest(OTHER)[:8], digest(OTHER), digest(CONTENT)[:-1] + "g"])
+@pytest.mark.parametrize("wrong", [digest(OTHER)[:8], digest(OTHER), digest(CONTENT)[:-1] + "5"])
 def test_a_download_of_another_digest_is_deleted(server, tmp_path, wrong):
     url = server.serve("/model.pth", CONTENT)
     said = refusal(url, tmp_path, sha256=wrong)
@@ -366,6 +366,13 @@ def test_only_http_is_fetched(tmp_path, scheme):
         fetch(f"{scheme}/model.pth", tmp_path / "folder")
     assert not isinstance(caught.value, WeightsError)
     assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1/a\nb.pth", "http://a\n.invalid/b.pth"])
+def test_a_url_of_two_lines_is_refused_in_one(tmp_path, url):
+    with pytest.raises((ValueError, WeightsError)) as caught:
+        fetch(url, tmp_path, attempts=1)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("tail", ["", "?version=1", "?version=2/3"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,10 +68,12 @@ def destination(url: str, folder: str | Path | None = None) -> Path:
     """
     parts = urlsplit(url)
     name = unquote(parts.path).rpartition("/")[2]
-    if parts.scheme not in ("http", "https") or not parts.netloc or not name:
+    is_file = parts.scheme in ("http", "https") and parts.netloc and name
+    if not is_file or not url.isprintable() or " " in url:
         raise ValueError(f"fetch: url must be the http or https address of a file, got {url!r}")
     if not is_known(url):
-        name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
+        # The end of the name, as file systems take 255 bytes and `.partial.json` comes behind.
+        name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name[-100:]}"
     folder = Path(torch.hub.get_dir(), "checkpoints") if folder is None else Path(folder)
     return folder / name
 
@@ -90,18 +93,20 @@ def fetch(
     Args:
         url: an http or https address.
         folder: where files are kept; None is torch's own (`TORCH_HOME`), which torchvision uses.
-        sha256: the file's digest in hex, or its first digits; for torchvision's and mmaction2's
-            files of the catalogue, None means the digits in their names.
+        sha256: the file's digest in hex, or at least its first 8 digits; None means those in the
+            names that torchvision and mmaction2 give the files of the catalogue.
         attempts: connections to try before giving up.
 
     Raises:
-        ValueError: not an http or https address.
+        ValueError: not an http or https address, or no digest.
         WeightsError: no network, an answer other than the file, another length or digest than
             announced or recorded, or no place to write: one sentence, with the path at which the
             file can be put by hand.
     """
     path = destination(url, folder)
-    digest = (sha256 or digest_of(url) or "").lower()
+    digest = (digest_of(url) or "" if sha256 is None else sha256).lower()
+    if sha256 is not None and not re.fullmatch("[0-9a-f]{8,64}", digest):
+        raise ValueError(f"fetch: sha256 must be 8 to 64 hexadecimal digits, got {sha256!r}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
@@ -154,11 +159,12 @@ def _check(path: Path, expected: str, file: Path | None = None) -> str:
         )
     record = _record(path)
     if record.exists():
-        recorded = record.read_text(encoding="utf-8").partition(" ")[0]
+        line = re.match("([0-9a-f]{64}) ", record.read_text(errors="replace").lower())
+        recorded = line[1] if line else "none that can be read"
         if found != recorded:
             raise WeightsError(
-                f"fetch: {path} must have the SHA-256 {recorded} of its first use, got {found}; if "
-                f"it was meant to change, delete {record}"
+                f"fetch: {path} must have the SHA-256 of its first use, {recorded}, got {found}; "
+                f"if it was meant to change, delete {record}"
             )
     return found
 
