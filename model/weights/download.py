@@ -221,10 +221,11 @@ def _receive(url: str, partial: Path, notes: Path) -> str | None:
         headers |= {"Range": f"bytes={have}-", "If-Range": known["validator"]}
     with urlopen(Request(url, headers=headers), timeout=TIMEOUT) as response:
         if response.status == 206:
-            expected = f"bytes {have}-{known['length'] - 1}/{known['length']}"
-            is_other = _validator(response) not in (None, known["validator"])
+            length = known.get("length", 0)
+            expected = f"bytes {have}-{length - 1}/{length}" if have else "none"
+            is_other = _validator(response) not in (None, known.get("validator"))
             if is_other or response.headers.get("Content-Range") != expected:
-                notes.unlink()
+                notes.unlink(missing_ok=True)
                 return "the server sent another part, or file, than it was asked for"
         else:
             have, known = 0, {"validator": _validator(response), "length": response.length}
