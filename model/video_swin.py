@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.weights.formats import is_index_of
 from model.weights.load import load_weights
+from model.weights.windows import check_window, name_window
 from videoswin_kernels import patch_merging, residual_norm, window_attention
 from videoswin_kernels.geometry import Triple, check_triple, table_rows
 from videoswin_kernels.selection import check_word
@@ -79,7 +79,8 @@ class WindowAttention3D(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.register_load_state_dict_pre_hook(_check_index)
+        self.register_state_dict_post_hook(name_window)
+        self.register_load_state_dict_pre_hook(check_window)
 
     def forward(self, x: Tensor) -> Tensor:
         x = window_attention(
@@ -463,19 +464,6 @@ def _check_integers(where: str, name: str, values: Sequence[int]) -> tuple[int, 
         got = values[0] if is_sequence and len(values) == 1 else values
         raise ValueError(f"{where}: {name} must be integers of at least 1, got {got!r}")
     return items
-
-
-def _check_index(
-    module: WindowAttention3D, state: dict[str, Tensor], prefix: str, *rest: object
-) -> None:
-    """Takes the index buffer of official files out of a state dict; it must be the window's own.
-
-    The shapes cannot tell: those of windows (8, 7, 7) and (7, 8, 7) are the same.
-    """
-    name = f"{prefix}relative_position_index"
-    if name in state and not is_index_of(state.pop(name), module.window_size):
-        errors = rest[-1]
-        errors.append(f"{name} is not that of the model's window {module.window_size}")
 
 
 def _check_norm(where: str, norm_layer: object) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-import model.weights as formats
-from model import VideoSwin
+from model import VideoSwin, load_weights
 from model.weights.files import FORMAT, WeightsError, write_atomically
 
 KEYS = {"model", "optimizer", "recipe", "classes", "step", "best_top1", "broken", "videos"}
@@ -46,13 +45,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def load_weights(model: VideoSwin, weights: dict[str, torch.Tensor], path: Path) -> None:
+def restore_weights(model: VideoSwin, weights: dict[str, torch.Tensor], path: Path) -> None:
     """Give `model` all its weights from a checkpoint, none missing and none left over.
 
     Raises:
         CheckpointError: they do not fit.
     """
     try:
-        formats.load_weights(model, weights)
+        load_weights(model, weights)
     except WeightsError as error:
         raise CheckpointError(f"cannot load {path}: {error}") from error

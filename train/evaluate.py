@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from model import VideoSwin
 from train.allocator import set_allocator
-from train.checkpoint import CheckpointError, load_checkpoint, load_weights
+from train.checkpoint import CheckpointError, load_checkpoint, restore_weights
 from train.data import (
     FRAME_ORDERS,
     Broken,
@@ -108,7 +108,7 @@ def load_trained(
         model = build_model(recipe.model, len(classes), kernels)
     except ValueError as error:
         raise CheckpointError(f"cannot load {path}: {error}") from error
-    load_weights(model, state["model"], Path(path))
+    restore_weights(model, state["model"], Path(path))
     return model.to(device).eval(), recipe, classes
 
 

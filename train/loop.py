@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from model import VideoSwin
 from model.weights.files import write_atomically
-from train.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from train.checkpoint import load_checkpoint, restore_weights, save_checkpoint
 from train.curves import draw_curves
 from train.data import (
     EpochBatches,
@@ -239,7 +239,7 @@ class Run:
                 f"{self.last} was made with another {self.recipe.data.train_list}; a changed list "
                 "needs a run of its own (--output)"
             )
-        load_weights(self.model, state["model"], self.last)
+        restore_weights(self.model, state["model"], self.last)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.best_top1 = state["step"], state["best_top1"]
         self.broken = state["broken"]

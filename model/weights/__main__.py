@@ -18,8 +18,8 @@ from model.weights.download import destination, fetch
 from model.weights.files import FORMAT, SUFFIXES, WeightsError, read_file, write_file
 from model.weights.fitting import spell
 from model.weights.formats import (
-    HEAD,
     INDEX,
+    MASK,
     PATCHES,
     TABLE,
     Recognised,
@@ -32,29 +32,34 @@ from model.weights.inflation import square_window
 from videoswin_kernels.geometry import Triple, table_rows
 
 
-def describe(found: Recognised) -> dict[str, str]:
+def describe(found: Recognised, source: str) -> dict[str, str]:
     """What the weights are of, in words: format, variant, sizes, classes, parameters, dtype.
 
     Raises:
         WeightsError: they lack the entries that tell.
     """
-    tensors = {name: value for name, value in found.state.items() if isinstance(value, Tensor)}
-    tables = {
-        tuple(map(int, re.findall(r"\.(\d+)", name))): value
-        for name, value in tensors.items()
-        if name.endswith(TABLE) and value.ndim == 2
+    tensors = {
+        name: value
+        for name, value in (found.state | found.unused).items()
+        if isinstance(value, Tensor) and not name.endswith(MASK)
     }
+    tables = {}
+    for name, value in tensors.items():
+        place = re.match(rf"backbone\.layers\.(\d+)\.blocks\.(\d+)\.attn\.{TABLE}$", name)
+        if place and value.ndim == 2 and len(value):
+            tables[int(place[1]), int(place[2])] = value
     patches = tensors.get(PATCHES)
-    head = tensors.get(f"{HEAD}weight", found.unused.get("head.weight"))
-    image_head = [found.unused[name] for name in found.unused if name.startswith("head.")]
     if patches is None or patches.ndim not in (4, 5) or not tables:
-        raise WeightsError("load_weights: the weights have no patch embedding, or no bias tables")
-    depths = Counter(stage for stage, *_ in tables)
-    heads = {stage: table.shape[1] for (stage, *_), table in tables.items()}
+        raise WeightsError(f"load_weights: {source} has no patch embedding, or no bias tables")
+    # The 2-D head has its name in the file.
+    heads = [v for n, v in tensors.items() if re.search(r"(^|\.)(head|fc_cls)\.weight$", n)]
+    head = next((value for value in heads if value.ndim == 2), None)
+    depths = Counter(stage for stage, _ in tables)
+    num_heads = {stage: table.shape[1] for (stage, _), table in tables.items()}
     shape = {
         "embed_dim": len(patches),
         "depths": tuple(depths[stage] for stage in sorted(depths)),
-        "num_heads": tuple(heads[stage] for stage in sorted(heads)),
+        "num_heads": tuple(num_heads[stage] for stage in sorted(depths)),
     }
     table = next(iter(tables.values()))
     windows = stored_windows(found)
@@ -83,7 +88,7 @@ def describe(found: Recognised) -> dict[str, str]:
         "window": window,
         "patch": spell(patches.shape[2:]),
         "classes": "no head" if head is None else str(len(head)),
-        "parameters": f"{sum(value.numel() for value in [*tensors.values(), *image_head]):,}",
+        "parameters": f"{sum(value.numel() for value in tensors.values()):,}",
         "dtype": ", ".join(sorted({str(value.dtype)[6:] for value in tensors.values()})),
     }
 
@@ -135,19 +140,22 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if (options.file is None) != options.list or (options.to is None) != (options.output is None):
         parser.error("give FILE, or FILE with --to and --output, or --list")
+    if options.window and options.to is None:
+        parser.error("--window belongs to --to")
     if options.list:
         for variant, names in CATALOGUE.items():
             for name, url in names.items():
                 print(f"{variant:<14}{name:<22}{url}\n{'':36}{destination(url)}")
         return 0
     try:
+        if options.output is not None and options.output.exists():
+            raise WeightsError(f"{options.output} exists; remove it or name another --output")
         is_url = "://" in options.file
         content = read_file(fetch(options.file) if is_url else options.file)
-        for name, value in describe(recognise(content, options.file)).items():
+        found = recognise(content, options.file)
+        for name, value in describe(found, options.file).items():
             print(f"{name:<12}{value}")
         if options.to is not None:
-            if options.output.exists():
-                raise WeightsError(f"{options.output} exists; remove it or name another --output")
             window = tuple(options.window) if options.window else None
             write_file(options.output, convert(content, options.to, window))
             print(f"{'written':<12}{options.output}")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import torch
 from filelock import FileLock
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from model.weights.catalogue import CATALOGUE, digest_of, is_known
 from model.weights.files import SUFFIXES, WeightsError, write_atomically
 
-PAUSE = 1.0  # seconds before the second attempt; twice as long before each further one
+PAUSE = 1.0  # seconds before the second attempt; then twice as long each time, up to 30 times
 TIMEOUT = 30.0  # seconds without a byte
 _CHUNK = 2**20
 
@@ -67,13 +67,15 @@ def destination(url: str, folder: str | Path | None = None) -> Path:
         ValueError: not an http or https URL of a file.
     """
     parts = urlsplit(url)
-    name = unquote(parts.path).rpartition("/")[2]
+    # Letters, digits, points and dashes, and only so many: it has to be a file's name everywhere.
+    name = re.sub(r"[^\w.-]", "_", unquote(parts.path).rpartition("/")[2])[-50:]
     is_file = parts.scheme in ("http", "https") and parts.netloc and name
-    if not is_file or not url.isprintable() or " " in url:
+    if not is_file or not url.isascii() or not url.isprintable() or " " in url:
         raise ValueError(f"fetch: url must be the http or https address of a file, got {url!r}")
-    if not is_known(url):
-        # The end of the name, as file systems take 255 bytes and `.partial.json` comes behind.
-        name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name[-100:]}"
+    if is_known(url):
+        name = parts.path.rpartition("/")[2]
+    else:
+        name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
     folder = Path(torch.hub.get_dir(), "checkpoints") if folder is None else Path(folder)
     return folder / name
 
@@ -108,21 +110,22 @@ def fetch(
     if sha256 is not None and not re.fullmatch("[0-9a-f]{8,64}", digest):
         raise ValueError(f"fetch: sha256 must be 8 to 64 hexadecimal digits, got {sha256!r}")
     try:
+        if path.is_file() and _record(path).exists():
+            _check(path, digest)
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             if not path.is_file():
                 _download(url, path, digest, attempts)
             else:
-                found = _check(path, digest)
-                if not _record(path).exists():
-                    _write_record(path, found)
+                _write_record(path, _check(path, digest))
     except OSError as error:
         # A shared folder that may only be read serves the files it has.
-        if path.is_file():
+        if os.access(path, os.R_OK) and path.is_file() and not _record(path).exists():
             _check(path, digest)
             return path
         raise WeightsError(
-            f"fetch: cannot write to {path.parent}: {error.strerror or error}; set TORCH_HOME to "
+            f"fetch: cannot use {path.parent}: {error.strerror or error}; set TORCH_HOME to "
             f"another folder, or have {url} put at {path}"
         ) from error
     return path
@@ -145,25 +148,24 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _check(path: Path, expected: str, file: Path | None = None) -> str:
-    """The digest of `file` (None: of `path`), which must be as announced and as recorded.
+def _check(path: Path, expected: str, received: Path | None = None) -> str:
+    """The digest of `path`, or of what was received for it: as announced, and as recorded.
 
     Raises:
         WeightsError: it is another one.
     """
-    found = _sha256(file or path)
+    found = _sha256(received or path)
+    what = f"what was received for {path}" if received else str(path)
     if not found.startswith(expected):
-        raise WeightsError(
-            f"fetch: {path} must have a SHA-256 of {expected}, got {found}; delete it if it is to "
-            "be fetched anew"
-        )
+        cure = "" if received else "; delete it to have it fetched anew"
+        raise WeightsError(f"fetch: {what} must have a SHA-256 of {expected}, got {found}{cure}")
     record = _record(path)
     if record.exists():
-        line = re.match("([0-9a-f]{64}) ", record.read_text(errors="replace").lower())
+        line = re.match(r"([0-9a-f]{64})\b", record.read_text(errors="replace").lower())
         recorded = line[1] if line else "none that can be read"
         if found != recorded:
             raise WeightsError(
-                f"fetch: {path} must have the SHA-256 of its first use, {recorded}, got {found}; "
+                f"fetch: {what} must have the SHA-256 of its first use, {recorded}, got {found}; "
                 f"if it was meant to change, delete {record}"
             )
     return found
@@ -175,7 +177,7 @@ def _download(url: str, path: Path, expected: str, attempts: int) -> None:
     reason: str | None = "not tried"
     for attempt in range(attempts):
         if attempt:
-            time.sleep(PAUSE * 2 ** (attempt - 1))
+            time.sleep(PAUSE * min(2 ** (attempt - 1), 30))
         try:
             reason = _receive(url, partial, notes)
         except HTTPError as error:
@@ -219,7 +221,12 @@ def _receive(url: str, partial: Path, notes: Path) -> str | None:
     if have:
         # The server sends the rest if the file still is the one begun, else the whole new one.
         headers |= {"Range": f"bytes={have}-", "If-Range": known["validator"]}
-    with urlopen(Request(url, headers=headers), timeout=TIMEOUT) as response:
+    with _OPENER.open(Request(url, headers=headers), timeout=TIMEOUT) as response:
+        kind = response.headers.get_content_type()
+        encoding = response.headers.get("Content-Encoding", "identity")
+        # A login page of the network in between would be recorded as the file.
+        if response.status not in (200, 206) or kind == "text/html" or encoding != "identity":
+            return f"the server answers {response.status} with {kind} in {encoding} encoding"
         if response.status == 206:
             length = known.get("length", 0)
             expected = f"bytes {have}-{length - 1}/{length}" if have else "none"
@@ -258,7 +265,7 @@ def _begun(partial: Path, notes: Path) -> tuple[int, dict[str, Any]]:
     if not isinstance(known, dict):
         return 0, {}
     length = known.get("length")
-    if not known.get("validator") or length is None or size > length:
+    if not known.get("validator") or not isinstance(length, int) or size > length:
         return 0, {}
     return size, known
 
@@ -268,6 +275,22 @@ def _validator(response: HTTPResponse) -> str | None:
     tag = response.headers.get("ETag", "")
     # A weak tag, W/"...", does not promise the same bytes.
     return tag if tag.startswith('"') else response.headers.get("Last-Modified")
+
+
+class _Redirects(HTTPRedirectHandler):
+    """Follows to http and https, but from https to nothing less."""
+
+    def redirect_request(
+        self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> Request | None:
+        if urlsplit(newurl).scheme not in (
+            ("https",) if req.type == "https" else ("http", "https")
+        ):
+            raise HTTPError(req.full_url, code, f"and leads to {newurl}", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+_OPENER = build_opener(_Redirects)
 
 
 class _Partial:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import warnings
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,31 +51,38 @@ _LEFTOVERS = {
     "__builtin__.getattr": _Inert,
     "builtins.getattr": _Inert,
     "argparse.Namespace": _Inert,
+    "types.SimpleNamespace": _Inert,
+    "datetime.datetime": _Inert,
+    "pathlib.PosixPath": _Inert,
+    "pathlib._local.PosixPath": _Inert,
     # A dict; torch fills no other kind than its own few.
     "yacs.config.CfgNode": OrderedDict,
 }
+_READING = threading.Lock()
 
 
 def read_file(path: str | Path) -> Mapping[str, Any]:
     """What a `.pth`, `.pt` or `.safetensors` file holds, its tensors on the CPU.
 
     The content decides which it is, not the name. A safetensors file becomes
-    `{"format": ..., "window_size": ..., "model": tensors}`, the first two if it is one of ours.
+    `{"format": ..., "window_size": ..., "model": tensors}`, the window only if it is one of ours.
 
     Raises:
         WeightsError: no such file, neither of the two kinds, damaged, or a pickle with code.
     """
     path = Path(path)
-    where = f"load_weights: cannot read {path}"
+    where = f"load_weights: cannot read {shown(path)}"
     try:
         with open(path, "rb") as file:
             head = file.read(9)
-    except OSError as error:
-        raise WeightsError(f"{where}: {error.strerror}") from error
-    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
-        content = _read_torch(path, where)
-    elif head[8:] == b"{":
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise WeightsError(f"{where}: {reason}") from error
+    # In this order: the length that a safetensors file begins with may look like a pickle's start.
+    if head[8:] == b"{":
         content = _read_safetensors(path, where)
+    elif head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
+        content = _read_torch(path, where)
     else:
         kind = f"it starts with {head!r}" if head else "it is empty"
         raise WeightsError(f"{where}: neither a PyTorch nor a safetensors file, {kind}")
@@ -87,9 +94,8 @@ def read_file(path: str | Path) -> Mapping[str, Any]:
 def _read_torch(path: Path, where: str) -> Any:
     stand_ins = [(kind, name) for name, kind in _LEFTOVERS.items()]
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
-            # torch warns of pickle protocols it then refuses.
-            warnings.simplefilter("ignore")
+        # The list that torch keeps of what may be read is one for all threads.
+        with _READING, torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch raises half a dozen types here, from KeyError to UnpicklingError, with paragraphs
@@ -97,8 +103,8 @@ def _read_torch(path: Path, where: str) -> Any:
         code = re.search(r"GLOBAL (\S+) w", str(error))
         reason = f"it is damaged, or no checkpoint ({type(error).__name__})"
         if code is not None:
-            reason = f"its pickle would run code ({code[1]}); where you trust it, save its tensors "
-            reason += "alone"
+            reason = f"its pickle calls {code[1]}, and what it calls is not run; where you trust "
+            reason += "it, save its tensors alone"
         elif "Unsupported operand" in str(error):
             reason = "its pickle is none that can be read without running its code"
         raise WeightsError(f"{where}: {reason}") from error
@@ -109,10 +115,17 @@ def _read_safetensors(path: Path, where: str) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
-        window_size = json.loads(metadata.get("window_size", "null"))
-    except (SafetensorError, ValueError) as error:
+        is_ours = metadata.get("format") == FORMAT
+        window_size = json.loads(metadata.get("window_size", "null")) if is_ours else None
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise WeightsError(f"{where}: it is damaged ({' '.join(str(error).split())})") from error
     return {"format": metadata.get("format"), "window_size": window_size, "model": tensors}
+
+
+def shown(name: object) -> str:
+    """A name from a file, or of one, as it can stand in a sentence."""
+    text = str(name)
+    return text if text.isprintable() else repr(text)
 
 
 def write_file(path: str | Path, state: Mapping[str, Any]) -> None:

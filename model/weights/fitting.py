@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from model.weights.formats import (
-    PATCHES,
-    TABLE,
-    Recognised,
-    is_dense,
-    is_index_of,
-    stored_windows,
-)
+from model.weights.files import shown
+from model.weights.formats import PATCHES, TABLE, Recognised, stored_windows
 from model.weights.inflation import inflate_patches, inflate_table, square_window, stretch_table
+from model.weights.windows import is_dense, is_index_of, is_whole
 from videoswin_kernels.geometry import Triple, table_rows
 
 
@@ -29,7 +24,7 @@ class Problems:
 
     def add(self, kind: str, names: Iterable[str]) -> None:
         """Note the names of entries with a problem of this kind, if there are any."""
-        if names := list(names):
+        if names := [shown(name) for name in names]:
             self.names.setdefault(kind, []).extend(names)
 
     def __bool__(self) -> bool:
@@ -62,10 +57,13 @@ def fit_windows(
             cure += ", interpolate_time=True stretches them over time"
         problems.cures[cure] = None
         return state, []
-    resized = [n for n in tables if len(state[n]) == table_rows(window)]
-    for name in resized:
-        state[name] = stretch_table(state[name], window, window_size[0])
-    return state, resized
+    rows = table_rows(window)
+    strange = [name for name in tables if len(state[name]) != rows]
+    problems.add("no table of their window in", (found.names[name] for name in strange))
+    if not strange:
+        for name in tables:
+            state[name] = stretch_table(state[name], window, window_size[0])
+    return state, tables
 
 
 def _stored_window(found: Recognised, tables: list[Tensor], expected: Triple) -> Triple | None:
@@ -98,7 +96,7 @@ def inflate(
             state[name] = inflate_table(value, window_size)
             if (extent, extent) != window_size[1:]:
                 resized.append(name)
-        elif name == PATCHES and is_dense(value) and value.ndim == 4:
+        elif name == PATCHES and is_whole(value) and value.ndim == 4:
             state[name] = inflate_patches(value, frames)
     return state, resized
 
@@ -122,19 +120,21 @@ def check_values(
         else:
             ready[name] = value.detach().to(parameter.dtype)
             if not ready[name].isfinite().all():
-                problems.add("not finite", [given])
+                problems.add(f"not finite in {str(parameter.dtype)[6:]}", [given])
     return ready
 
 
-def suggest_fresh(names: Iterable[str], problems: Problems) -> None:
+def suggest_fresh(missing: Sequence[str], unfit: Sequence[str], problems: Problems) -> None:
     """For what weights of another purpose lack or have otherwise, say how to go without it.
 
-    These are a classifier's head, and the norms of a backbone that returns several stages. `names`
-    are the model's own, of parameters that are missing or of another shape.
+    These are a classifier's head, and the norms of a backbone that returns several stages. Where
+    anything else is missing too, it is another model's weights, and nothing that is known helps.
+    The names are the model's own.
     """
-    found = (re.match(r"(cls_head|norm\d+)\.", name) for name in names)
-    modules = tuple(dict.fromkeys(match[1] for match in found if match))
-    if modules:
+    found = [re.match(r"(cls_head|norm\d+)\.", name) for name in (*missing, *unfit)]
+    if not all(found[: len(missing)]):
+        problems.cures.clear()
+    elif modules := tuple(dict.fromkeys(match[1] for match in found if match)):
         inside = ", ".join(f'"{name}"' for name in modules) + "," * (len(modules) == 1)
         problems.cures[f"fresh=({inside}) keeps the model's own"] = None
 
@@ -147,5 +147,5 @@ def spell(sizes: Iterable[int], between: str = "x") -> str:
 def _is_matrix(value: object) -> bool:
     """Whether arithmetic on this table makes sense; `check_values` says why where it does not."""
     return (
-        is_dense(value) and value.ndim == 2 and value.is_floating_point() and 0 not in value.shape
+        is_whole(value) and value.ndim == 2 and value.is_floating_point() and 0 not in value.shape
     )

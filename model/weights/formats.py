@@ -11,19 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from model.weights.files import FORMAT, WeightsError
-from videoswin_kernels.geometry import (
-    Triple,
-    check_triple,
-    relative_position_index,
-    table_rows,
-)
+from model.weights.windows import is_dense, is_index_of, window_in_metadata, windows_of
+from videoswin_kernels.geometry import Triple, check_triple, relative_position_index, table_rows
 
 TABLE, INDEX, MASK = "relative_position_bias_table", "relative_position_index", "attn_mask"
 PATCHES, HEAD = "backbone.patch_embed.proj.weight", "cls_head.fc_cls."
@@ -67,17 +62,18 @@ def recognise(weights: Mapping[str, Any], source: str) -> Recognised:
     Raises:
         WeightsError: no Video Swin weights in any format, or a window that is none.
     """
-    window_size = weights.get("window_size")
-    if window_size is not None:
-        try:
-            window_size = check_triple("", "window_size", window_size, 1)
-        except (TypeError, ValueError) as error:
-            raise WeightsError(f"load_weights: {source} names no window{error}") from error
-    is_ours = weights.get("format") == FORMAT
+    is_ours = isinstance(weights.get("format"), str) and weights["format"] == FORMAT
+    window_size = weights.get("window_size") if is_ours else None
     for name in ("state_dict", "model"):
         if isinstance(weights.get(name), Mapping):
             weights = weights[name]
             break
+    window_size = window_in_metadata(weights) if window_size is None else window_size
+    if window_size is not None:
+        try:
+            window_size = check_triple(f"load_weights: {source}", "window_size", window_size, 1)
+        except (TypeError, ValueError) as error:
+            raise WeightsError(str(error)) from error
     # DistributedDataParallel and torch.compile wrap the model, and so its names.
     given = [(str(name), value) for name, value in weights.items()]
     plain = [name.replace("_orig_mod.", "").removeprefix("module.") for name, _ in given]
@@ -87,7 +83,7 @@ def recognise(weights: Mapping[str, Any], source: str) -> Recognised:
             f"load_weights: {source} holds no Video Swin weights: expected names such as "
             f"backbone.layers.0.blocks.0.attn.{TABLE}, got {shown}"
         )
-    kind = _format_of(dict(zip(plain, weights.values(), strict=False)), is_ours)
+    kind = _format_of(dict(zip(plain, weights.values(), strict=True)), is_ours, source)
 
     state: dict[str, Any] = {}
     names: dict[str, str] = {}
@@ -99,7 +95,10 @@ def recognise(weights: Mapping[str, Any], source: str) -> Recognised:
         full = _official_name(short, kind, last)
         if full in names:
             doubled.append(name)
-        elif kind == "imagenet" and (full.endswith(MASK) or short.startswith("head.")):
+        # torch.optim.swa_utils.AveragedModel counts in n_averaged.
+        elif short == "n_averaged" or (
+            kind == "imagenet" and (full.endswith(MASK) or short.startswith("head."))
+        ):
             unused[name] = value
         elif full.endswith(INDEX):
             index[full], names[full] = value, name
@@ -108,14 +107,23 @@ def recognise(weights: Mapping[str, Any], source: str) -> Recognised:
     return Recognised(kind, state, names, index, window_size, unused, tuple(doubled))
 
 
-def _format_of(weights: Mapping[str, Any], is_ours: bool) -> str:
+def _format_of(weights: Mapping[str, Any], is_ours: bool, source: str) -> str:
     last = max(_stages(weights), default=0)
     if is_ours:
         return "own"
+    foreign_2d = ("features.0.0.weight", "patch_embeddings.projection.weight")
+    short = PATCHES.removeprefix("backbone.")
+    is_2d = getattr(weights.get(short, weights.get(PATCHES)), "ndim", 5) == 4
+    # timm counts a merging to the stage after it.
+    is_timm = is_2d and any(name.startswith(f"layers.{last}.downsample.") for name in weights)
+    if is_timm or any(name.endswith(foreign_2d) for name in weights):
+        raise WeightsError(
+            f"load_weights: {source} holds 2-D weights under the names of torchvision, timm or "
+            "Hugging Face; known are those of microsoft/Swin-Transformer"
+        )
     if any(name.startswith("features.") for name in weights):
         return "torchvision"
-    patches = weights.get(PATCHES.removeprefix("backbone."))
-    if getattr(patches, "ndim", 5) == 4 or any(name.endswith(MASK) for name in weights):
+    if is_2d or any(name.endswith(MASK) for name in weights):
         return "imagenet"
     if any(name.removeprefix("backbone.").startswith(f"norm{last}.") for name in weights):
         return "mmaction2"
@@ -139,52 +147,10 @@ def _official_name(name: str, kind: str, last: int) -> str:
 
 
 def stored_windows(found: Recognised) -> list[Triple]:
-    """The windows these weights can be of, by an index stored with them or their own word."""
-    for index in found.index.values():
-        if windows := windows_of(index):
-            return windows
-    return [] if found.window_size is None else [found.window_size]
-
-
-def windows_of(index: object) -> list[Triple]:
-    """The windows whose relative position index this is: none, one, or a few of the same index.
-
-    (1, 1, 8) and (8, 1, 1) count their offsets alike; (8, 7, 7) and (7, 8, 7) do not, though
-    their indices and their tables have the same shapes.
-    """
-    if not is_dense(index) or index.ndim != 2 or not len(index):
-        return []
-    tokens = len(index)
-    divisors = [d for d in range(1, tokens + 1) if tokens % d == 0]
-    windows = [
-        (depth, height, tokens // (depth * height))
-        for depth in divisors
-        for height in divisors
-        if tokens % (depth * height) == 0
-    ]
-    return [window for window in windows if is_index_of(index, window)]
-
-
-def is_index_of(index: object, window_size: Triple) -> bool:
-    """Whether `index` is the relative position index, int [N, N], of this window."""
-    tokens = prod(window_size)
-    if not is_dense(index) or index.shape != (tokens, tokens):
-        return False
-    if index.dtype.is_floating_point or index.is_complex():
-        return False
-    # The corner is the last row of the table: it tells most windows apart without the matrix.
-    if int(index[-1, 0]) != table_rows(window_size) - 1:
-        return False
-    return torch.equal(index.cpu().long(), torch.from_numpy(relative_position_index(window_size)))
-
-
-def is_dense(value: object) -> bool:
-    """Whether this is a tensor whose values can be read where they lie."""
-    return (
-        isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and not (value.is_meta or value.is_nested or value.is_quantized)
-    )
+    """The windows these weights can be of, by their own word or an index stored with them."""
+    if found.window_size is not None:
+        return [found.window_size]
+    return next(filter(None, map(windows_of, found.index.values())), [])
 
 
 def to_official(
@@ -202,7 +168,8 @@ def to_official(
 
     Raises:
         WeightsError: no weights of a 3-D model.
-        ValueError: the window is neither given nor stored, or another one is stored.
+        TypeError: neither a model nor a mapping.
+        ValueError: another model; or the window is neither given nor stored, or not the stored one.
     """
     return _with_indices("to_official", weights, window_size)
 
@@ -225,8 +192,15 @@ def _with_indices(
 ) -> dict[str, Tensor]:
     """The weights under official names, with the index of each bias table behind it."""
     if isinstance(weights, nn.Module):
-        window_size = window_size or getattr(weights, "backbone", weights).window_size
-        weights = weights.state_dict()
+        own_window = getattr(getattr(weights, "backbone", weights), "window_size", None)
+        if own_window is None or window_size not in (None, own_window):
+            raise ValueError(
+                f"{where}: weights must be a VideoSwin or SwinTransformer3D, and window_size None "
+                f"or its own, got {type(weights).__name__} and {window_size}"
+            )
+        window_size, weights = own_window, weights.state_dict()
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"{where}: weights must be a model or a mapping, got {weights!r}")
     found = recognise(weights, "the mapping")
     if found.format == "imagenet":
         raise WeightsError(f"{where}: weights must be 3-D, got 2-D ones; load them into a model")
@@ -242,10 +216,15 @@ def _with_indices(
             f"got {window_size}"
         )
     wrong = [n for n, value in found.state.items() if not is_dense(value)]
-    wrong += [n for n, value in found.index.items() if not is_index_of(value, window_size)]
     if wrong or found.doubled:
         names = ", ".join([*(found.names[name] for name in wrong), *found.doubled])
-        raise WeightsError(f"{where}: weights must be one tensor each, with whole indices: {names}")
+        raise WeightsError(f"{where}: weights must be one tensor each, got otherwise {names}")
+    wrong = [n for n, value in found.index.items() if not is_index_of(value, window_size)]
+    rows = table_rows(window_size)
+    wrong += [n for n, v in found.state.items() if n.endswith(TABLE) and v.shape[:1] != (rows,)]
+    if wrong:
+        names = ", ".join(found.names[name] for name in wrong)
+        raise WeightsError(f"{where}: window_size {window_size} is not that of {names}")
     index = torch.from_numpy(relative_position_index(window_size))
     result = {}
     for name, value in found.state.items():

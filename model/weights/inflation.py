@@ -19,7 +19,7 @@ def inflate_patches(weight: Tensor, frames: int) -> Tensor:
 
     On a clip whose frames are alike it gives what the 2-D one gives on a frame.
     """
-    return weight.unsqueeze(2).repeat(1, 1, frames, 1, 1) / frames
+    return _wide(weight).unsqueeze(2).repeat(1, 1, frames, 1, 1) / frames
 
 
 def square_window(table: Tensor) -> int | None:
@@ -57,6 +57,6 @@ def stretch_table(table: Tensor, window_size: Triple, depth: int) -> Tensor:
     return lines.squeeze(1).T.reshape((2 * depth - 1) * height * width, heads)
 
 
-def _wide(table: Tensor) -> Tensor:
-    """In float32, in which upstream interpolates, or wider."""
-    return table.to(torch.promote_types(table.dtype, torch.float32))
+def _wide(values: Tensor) -> Tensor:
+    """In float32, in which upstream computes, or in float64."""
+    return values if values.dtype == torch.float64 else values.float()

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.weights.files import FORMAT, WeightsError, read_file, write_file
+from model.weights.download import fetch
+from model.weights.files import FORMAT, WeightsError, read_file, shown, write_file
 from model.weights.fitting import Problems, check_values, fit_windows, inflate, suggest_fresh
 from model.weights.formats import HEAD, PATCHES, recognise
 from videoswin_kernels.geometry import Triple
@@ -48,7 +49,7 @@ def load_weights(
 
     Args:
         model: a `VideoSwin`, or a `SwinTransformer3D`, for which a classifier's head is left out.
-        weights: the path of a file, or a state dict, or a container of one as files hold it.
+        weights: the path or URL of a file, or a state dict, or a container of one as in files.
         fresh: modules of `model` that keep their values, such as "cls_head" where there are other
             classes, or "norm0" of a backbone with `out_indices`. 2-D weights leave `cls_head`
             fresh in any case.
@@ -56,18 +57,23 @@ def load_weights(
             tables linearly over relative time.
 
     Raises:
-        WeightsError: the weights cannot be read, or do not fit: one sentence that names every
+        WeightsError: the weights cannot be had, read, or do not fit: one sentence that names every
             parameter missing, left over, of another shape, not floating point or not finite, and
             every index of another window. The model is as it was.
         TypeError, ValueError: another kind of model, or `fresh` names no module of it.
 
     Source: upstream `SwinTransformer3D.init_weights` and `inflate_weights`, which are lenient.
     """
-    prefix, window_size = _check_model(model)
-    wanted = {prefix + name: parameter for name, parameter in model.named_parameters()}
+    prefix, window_size = _check_model("load_weights", model)
+    wanted = {
+        # torch.compile puts its name into those of what it wraps.
+        prefix + name.replace("_orig_mod.", ""): parameter
+        for name, parameter in model.named_parameters()
+    }
     kept = _check_fresh(fresh, prefix, wanted)
     if isinstance(weights, (str, Path)):
-        source, content = str(weights), read_file(weights)
+        is_url = "://" in str(weights)
+        source, content = shown(weights), read_file(fetch(str(weights)) if is_url else weights)
     elif isinstance(weights, Mapping):
         source, content = "the mapping", weights
     else:
@@ -76,8 +82,6 @@ def load_weights(
             f"{type(weights).__name__}"
         )
     found = recognise(content, source)
-    if found.format == "imagenet":
-        kept += (HEAD,)
 
     problems = Problems()
     if found.format == "imagenet":
@@ -98,10 +102,20 @@ def load_weights(
     problems.add("unexpected", (found.names[name] for name in state if name not in wanted))
     ready = check_values(found, state, wanted, problems)
     if problems:
-        other = missing + [name for name in state if name in wanted and name not in ready]
-        suggest_fresh((name.removeprefix(prefix) for name in other), problems)
+        unfit = (name for name in state if name in wanted and name not in ready)
+        suggest_fresh(
+            [name.removeprefix(prefix) for name in missing],
+            [name.removeprefix(prefix) for name in unfit],
+            problems,
+        )
         target = type(model).__name__
         raise WeightsError(f"load_weights: {source} does not fit this {target}: {problems}")
+    # Weights that lie in the model's own memory, such as its blocks in another order, are all read
+    # before the first is written.
+    memory = {parameter.untyped_storage().data_ptr() for parameter in wanted.values()}
+    for name, value in ready.items():
+        if value.untyped_storage().data_ptr() in memory:
+            ready[name] = value.clone()
     with torch.no_grad():
         for name, value in ready.items():
             wanted[name].copy_(value)
@@ -121,25 +135,31 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
         TypeError, ValueError: another kind of model, or another suffix.
         OSError: the file cannot be written.
     """
-    _, window_size = _check_model(model)
+    _, window_size = _check_model("save_weights", model)
     content = {"format": FORMAT, "window_size": list(window_size), "model": model.state_dict()}
     write_file(path, content)
 
 
-def _check_model(model: nn.Module) -> tuple[str, Triple]:
+def _check_model(where: str, model: nn.Module) -> tuple[str, Triple]:
     """What to put before a parameter's name to have its full official one, and the window."""
     # Here, not above: the backbone's constructor loads weights, so its module imports this one.
     from model.video_swin import SwinTransformer3D, VideoSwin
 
     if not isinstance(model, (VideoSwin, SwinTransformer3D)):
         raise TypeError(
-            "load_weights: model must be a VideoSwin or SwinTransformer3D, got "
+            f"{where}: model must be a VideoSwin or SwinTransformer3D, got "
             f"{type(model).__name__}; of a wrapped model, pass the one inside"
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
-            "load_weights: model must have memory for its parameters, got some on the meta "
+            f"{where}: model must have memory for its parameters, got some on the meta "
             "device; call model.to_empty(device=...) first"
+        )
+    is_outside = not torch.is_inference_mode_enabled()
+    if is_outside and any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            f"{where}: model must not have parameters made under torch.inference_mode, got some; "
+            "call it under inference_mode, too"
         )
     if isinstance(model, VideoSwin):
         return "", model.backbone.window_size
@@ -150,7 +170,7 @@ def _check_fresh(
     fresh: Collection[str], prefix: str, wanted: Mapping[str, Tensor]
 ) -> tuple[str, ...]:
     """Prefixes of full names that stay as they are."""
-    if isinstance(fresh, str):
+    if isinstance(fresh, str) or not isinstance(fresh, Collection):
         raise TypeError(f"load_weights: fresh must be a tuple of module names, got {fresh!r}")
     kept = tuple(f"{prefix}{name}." for name in fresh)
     for name, full in zip(fresh, kept, strict=True):
