@@ -79,6 +79,7 @@ class Page:
     content: bytes
     etag: str | None = '"first"'
     modified: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
     script: list[Reply] = field(default_factory=list)
     always: Reply = GOOD
 
@@ -196,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _answer_to(asked: Message, page: Page, reply: Reply) -> tuple[int, dict[str, str], bytes]:
     """(status, headers, body) by RFC 9110, 14.2, except where `reply` differs."""
-    headers = {"Accept-Ranges": "bytes"}
+    headers = {"Accept-Ranges": "bytes", **page.headers}
     if page.etag is not None:
         headers["ETag"] = page.etag
     if page.modified is not None:

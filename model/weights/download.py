@@ -283,9 +283,8 @@ class _Redirects(HTTPRedirectHandler):
     def redirect_request(
         self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> Request | None:
-        if urlsplit(newurl).scheme not in (
-            ("https",) if req.type == "https" else ("http", "https")
-        ):
+        allowed = {"https"} if req.type == "https" else {"http", "https"}
+        if urlsplit(newurl).scheme not in allowed:
             raise HTTPError(req.full_url, code, f"and leads to {newurl}", headers, fp)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
