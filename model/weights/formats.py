@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.weights.files import FORMAT, WeightsError
+from model.weights.files import FORMAT, WeightsError, shown
 from model.weights.windows import is_dense, is_index_of, window_in_metadata, windows_of
 from videoswin_kernels.geometry import Triple, check_triple, relative_position_index, table_rows
 
@@ -78,10 +78,10 @@ def recognise(weights: Mapping[str, Any], source: str) -> Recognised:
     given = [(str(name), value) for name, value in weights.items()]
     plain = [name.replace("_orig_mod.", "").removeprefix("module.") for name, _ in given]
     if not any(TABLE in name for name in plain):
-        shown = ", ".join(plain[:3]) or "nothing"
+        got = ", ".join(map(shown, plain[:3])) or "nothing"
         raise WeightsError(
             f"load_weights: {source} holds no Video Swin weights: expected names such as "
-            f"backbone.layers.0.blocks.0.attn.{TABLE}, got {shown}"
+            f"backbone.layers.0.blocks.0.attn.{TABLE}, got {got}"
         )
     kind = _format_of(dict(zip(plain, weights.values(), strict=True)), is_ours, source)
 
