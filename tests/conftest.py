@@ -8,6 +8,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
+from http_suite import running_server
+
+from model.weights import download
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -37,3 +40,13 @@ def deterministic():
     yield
     torch.set_rng_state(state)
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A web server on this machine, reached without proxies, and no pauses between attempts."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "*")
+    monkeypatch.setattr(download, "PAUSE", 0)
+    with running_server() as server:
+        yield server

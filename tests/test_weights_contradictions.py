@@ -292,3 +292,19 @@ def test_a_path_that_no_file_has_is_refused(path):
     with pytest.raises(WeightsError, match="load_weights: cannot read") as caught:
         load_weights(model_of(), path)
     assert str(caught.value).isprintable()
+
+
+def test_a_table_that_stays_fresh_is_not_said_to_be_resized():
+    net = model_of(DEEPER)
+    before = net.backbone.layers[0].blocks[0].attn.relative_position_bias_table.clone()
+    fresh = ("backbone.layers.0",)
+    loaded = load_weights(net, official_dict(), fresh=fresh, interpolate_time=True)
+    assert loaded.resized == (TABLE.replace("layers.0", "layers.1"),)
+    assert net.backbone.layers[0].blocks[0].attn.relative_position_bias_table.equal(before)
+
+
+@pytest.mark.parametrize("convert", [to_official, to_torchvision])
+def test_a_refusal_names_the_function_that_was_called(convert):
+    for weights in ({"weight": torch.zeros(1)}, torchvision_2d()):
+        with pytest.raises(WeightsError, match=f"^{convert.__name__}: the mapping holds "):
+            convert(weights)

@@ -24,21 +24,11 @@ from http_suite import (
     digest,
     fetching,
     refusal,
-    running_server,
     unprivileged,
 )
 
-from model.weights import WeightsError, download
+from model.weights import WeightsError
 from model.weights.download import destination, fetch
-
-
-@pytest.fixture
-def server(monkeypatch):
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "*")
-    monkeypatch.setattr(download, "PAUSE", 0)
-    with running_server() as server:
-        yield server
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from urllib.request import Request
 import pytest
 from filelock import FileLock
 from http_suite import CONTENT, OTHER, Reply, assert_fetched, contents, digest, refusal
-from test_weights_download import server  # noqa: F401 (a fixture)
 
 from model.weights import download
 from model.weights.catalogue import CATALOGUE, digest_of
@@ -19,7 +18,7 @@ from model.weights.download import destination, fetch
     [{"Content-Type": "text/html; charset=utf-8"}, {"Content-Encoding": "gzip"}],
     ids=["a login page", "packed"],
 )
-def test_what_stands_between_is_not_recorded_as_the_file(server, tmp_path, headers):  # noqa: F811
+def test_what_stands_between_is_not_recorded_as_the_file(server, tmp_path, headers):
     url = server.serve("/model.pth", OTHER, headers=headers)
     said = refusal(url, tmp_path, attempts=1)
     assert "the server answers 200 with" in said
@@ -30,7 +29,7 @@ def test_what_stands_between_is_not_recorded_as_the_file(server, tmp_path, heade
 
 
 @pytest.mark.parametrize("status", [202, 204])
-def test_an_answer_without_the_file_is_not_the_file(server, tmp_path, status):  # noqa: F811
+def test_an_answer_without_the_file_is_not_the_file(server, tmp_path, status):
     url = server.serve("/model.pth", CONTENT, Reply(status=status))
     assert f"the server answers {status}" in refusal(url, tmp_path, attempts=1)
     assert_fetched(url, tmp_path)
@@ -47,21 +46,21 @@ def test_a_redirection_leaves_https_for_nothing_less():
         assert handler.redirect_request(asked, None, 302, "Found", {}, address).full_url == address
 
 
-def test_a_file_that_is_there_waits_for_no_lock(server, tmp_path):  # noqa: F811
+def test_a_file_that_is_there_waits_for_no_lock(server, tmp_path):
     url = server.serve("/model.pth", CONTENT)
     path = fetch(url, tmp_path)
     with FileLock(f"{path}.lock"):
         assert fetch(url, tmp_path) == path
 
 
-def test_a_received_file_of_another_digest_is_not_said_to_lie_there(server, tmp_path):  # noqa: F811
+def test_a_received_file_of_another_digest_is_not_said_to_lie_there(server, tmp_path):
     url = server.serve("/model.pth", CONTENT)
     said = refusal(url, tmp_path, sha256=digest(OTHER))
     assert f"what was received for {destination(url, tmp_path)}" in said
     assert "delete" not in said
 
 
-def test_a_record_that_cannot_be_read_is_refused_in_a_line(server, tmp_path):  # noqa: F811
+def test_a_record_that_cannot_be_read_is_refused_in_a_line(server, tmp_path):
     url = server.serve("/model.pth", CONTENT)
     path = fetch(url, tmp_path)
     record = path.with_name(f"{path.name}.sha256")
@@ -73,7 +72,7 @@ def test_a_record_that_cannot_be_read_is_refused_in_a_line(server, tmp_path):  #
 @pytest.mark.parametrize(
     "tail", ["a%0Ab.pth", "a%00b.pth", "%F0%9F%98%80" * 90 + ".pth", "x" * 300 + ".pth", "a b.pth"]
 )
-def test_any_address_has_a_name_that_is_one(server, tmp_path, tail):  # noqa: F811
+def test_any_address_has_a_name_that_is_one(server, tmp_path, tail):
     if " " in tail:
         with pytest.raises(ValueError, match="http or https address of a file"):
             destination(f"{server.address}/{tail}", tmp_path)

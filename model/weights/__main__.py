@@ -14,8 +14,8 @@ from torch import Tensor
 
 from model.variants import VARIANTS
 from model.weights.catalogue import CATALOGUE
-from model.weights.download import destination, fetch
-from model.weights.files import FORMAT, SUFFIXES, WeightsError, read_file, write_file
+from model.weights.download import destination, read
+from model.weights.files import FORMAT, SUFFIXES, WeightsError, write_file
 from model.weights.fitting import spell
 from model.weights.formats import (
     INDEX,
@@ -150,9 +150,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.output is not None and options.output.exists():
             raise WeightsError(f"{options.output} exists; remove it or name another --output")
-        is_url = "://" in options.file
-        content = read_file(fetch(options.file) if is_url else options.file)
-        found = recognise(content, options.file)
+        content = read(options.file)
+        found = recognise(content, f"load_weights: {options.file}")
         for name, value in describe(found, options.file).items():
             print(f"{name:<12}{value}")
         if options.to is not None:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
@@ -26,30 +26,31 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from model.weights.catalogue import CATALOGUE, digest_of, is_known
-from model.weights.files import SUFFIXES, WeightsError, write_atomically
+from model.weights.files import SUFFIXES, WeightsError, read_file, write_atomically
 
 PAUSE = 1.0  # seconds before the second attempt; then twice as long each time, up to 30 times
 TIMEOUT = 30.0  # seconds without a byte
 _CHUNK = 2**20
 
 
-def locate(variant: str, weights: str | Path) -> Path:
-    """The file that a name of the catalogue, a URL or a path stands for, fetched if need be.
+def read(source: str | Path) -> Mapping[str, Any]:
+    """What the file at a path or behind a URL holds; raises as `fetch` and `read_file` do."""
+    return read_file(fetch(str(source)) if "://" in str(source) else source)
+
+
+def locate(variant: str, weights: str | Path) -> str | Path:
+    """The URL or path that a name of the catalogue stands for; a URL or path is itself.
 
     Raises:
         ValueError: not a name this variant has, nor a URL, nor anything like a path.
-        WeightsError: it cannot be fetched.
     """
     known = CATALOGUE.get(variant, {})
-    word = str(weights)
+    word, path = str(weights), Path(weights)
     if word in known:
-        return fetch(known[word])
-    if "://" in word:
-        return fetch(word)
-    path = Path(weights)
+        return known[word]
     # What looks like a path is taken for one; reading it says what is wrong where nothing is.
-    if path.suffix in SUFFIXES or len(path.parts) > 1 or path.exists():
-        return path
+    if "://" in word or path.suffix in SUFFIXES or len(path.parts) > 1 or path.exists():
+        return weights
     names = ", ".join(known) or "none"
     raise ValueError(
         f"create: weights must be a name that {variant} has ({names}), a URL or a file, "

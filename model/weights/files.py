@@ -141,7 +141,7 @@ def write_file(path: str | Path, state: Mapping[str, Any]) -> None:
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(
-            f"write_file: path must end in one of {', '.join(SUFFIXES)}, got {str(path)!r}"
+            f"save_weights: path must end in one of {', '.join(SUFFIXES)}, got {str(path)!r}"
         )
     if path.suffix != ".safetensors":
         write_atomically(path, lambda file: torch.save(dict(state), file))

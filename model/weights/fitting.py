@@ -104,7 +104,10 @@ def inflate(
 def check_values(
     found: Recognised, state: Mapping[str, Any], wanted: Mapping[str, Tensor], problems: Problems
 ) -> dict[str, Tensor]:
-    """The values for the parameters of the same names, in their dtypes; what is wrong is noted."""
+    """The values for the parameters of the same names, in their dtypes and on their devices.
+
+    What is wrong is noted. A device that has no room for them says so here, before any is written.
+    """
     ready = {}
     for name in [name for name in wanted if name in state]:
         value, parameter, given = state[name], wanted[name], found.names[name]
@@ -118,7 +121,7 @@ def check_values(
             shapes = f"{list(value.shape)} instead of {list(parameter.shape)}"
             problems.add("of another shape", [f"{given} {shapes}"])
         else:
-            ready[name] = value.detach().to(parameter.dtype)
+            ready[name] = value.detach().to(parameter.device, parameter.dtype)
             if not ready[name].isfinite().all():
                 problems.add(f"not finite in {str(parameter.dtype)[6:]}", [given])
     return ready

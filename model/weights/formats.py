@@ -56,8 +56,10 @@ class Recognised:
     doubled: tuple[str, ...]
 
 
-def recognise(weights: Mapping[str, Any], source: str) -> Recognised:
+def recognise(weights: Mapping[str, Any], where: str) -> Recognised:
     """The weights of a state dict, or of a container with one, in whichever format they are.
+
+    `where` begins the sentence of an error: operator and source, "load_weights: a.pth".
 
     Raises:
         WeightsError: no Video Swin weights in any format, or a window that is none.
@@ -71,7 +73,7 @@ def recognise(weights: Mapping[str, Any], source: str) -> Recognised:
     window_size = window_in_metadata(weights) if window_size is None else window_size
     if window_size is not None:
         try:
-            window_size = check_triple(f"load_weights: {source}", "window_size", window_size, 1)
+            window_size = check_triple(where, "window_size", window_size, 1)
         except (TypeError, ValueError) as error:
             raise WeightsError(str(error)) from error
     # DistributedDataParallel and torch.compile wrap the model, and so its names.
@@ -80,10 +82,10 @@ def recognise(weights: Mapping[str, Any], source: str) -> Recognised:
     if not any(TABLE in name for name in plain):
         got = ", ".join(map(shown, plain[:3])) or "nothing"
         raise WeightsError(
-            f"load_weights: {source} holds no Video Swin weights: expected names such as "
+            f"{where} holds no Video Swin weights: expected names such as "
             f"backbone.layers.0.blocks.0.attn.{TABLE}, got {got}"
         )
-    kind = _format_of(dict(zip(plain, weights.values(), strict=True)), is_ours, source)
+    kind = _format_of(dict(zip(plain, weights.values(), strict=True)), is_ours, where)
 
     state: dict[str, Any] = {}
     names: dict[str, str] = {}
@@ -107,7 +109,7 @@ def recognise(weights: Mapping[str, Any], source: str) -> Recognised:
     return Recognised(kind, state, names, index, window_size, unused, tuple(doubled))
 
 
-def _format_of(weights: Mapping[str, Any], is_ours: bool, source: str) -> str:
+def _format_of(weights: Mapping[str, Any], is_ours: bool, where: str) -> str:
     last = max(_stages(weights), default=0)
     if is_ours:
         return "own"
@@ -118,8 +120,8 @@ def _format_of(weights: Mapping[str, Any], is_ours: bool, source: str) -> str:
     is_timm = is_2d and any(name.startswith(f"layers.{last}.downsample.") for name in weights)
     if is_timm or any(name.endswith(foreign_2d) for name in weights):
         raise WeightsError(
-            f"load_weights: {source} holds 2-D weights under the names of torchvision, timm or "
-            "Hugging Face; known are those of microsoft/Swin-Transformer"
+            f"{where} holds 2-D weights under the names of torchvision, timm or Hugging Face; "
+            "known are those of microsoft/Swin-Transformer"
         )
     if any(name.startswith("features.") for name in weights):
         return "torchvision"
@@ -201,7 +203,7 @@ def _with_indices(
         window_size, weights = own_window, weights.state_dict()
     if not isinstance(weights, Mapping):
         raise TypeError(f"{where}: weights must be a model or a mapping, got {weights!r}")
-    found = recognise(weights, "the mapping")
+    found = recognise(weights, f"{where}: the mapping")
     if found.format == "imagenet":
         raise WeightsError(f"{where}: weights must be 3-D, got 2-D ones; load them into a model")
     stored = stored_windows(found)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.weights.download import fetch
-from model.weights.files import FORMAT, WeightsError, read_file, shown, write_file
+from model.weights.download import read
+from model.weights.files import FORMAT, WeightsError, shown, write_file
 from model.weights.fitting import Problems, check_values, fit_windows, inflate, suggest_fresh
 from model.weights.formats import HEAD, PATCHES, recognise
 from videoswin_kernels.geometry import Triple
@@ -72,8 +72,7 @@ def load_weights(
     }
     kept = _check_fresh(fresh, prefix, wanted)
     if isinstance(weights, (str, Path)):
-        is_url = "://" in str(weights)
-        source, content = shown(weights), read_file(fetch(str(weights)) if is_url else weights)
+        source, content = shown(weights), read(weights)
     elif isinstance(weights, Mapping):
         source, content = "the mapping", weights
     else:
@@ -81,7 +80,7 @@ def load_weights(
             "load_weights: weights must be the path of a file or a mapping, got "
             f"{type(weights).__name__}"
         )
-    found = recognise(content, source)
+    found = recognise(content, f"load_weights: {source}")
 
     problems = Problems()
     if found.format == "imagenet":
@@ -120,7 +119,7 @@ def load_weights(
         for name, value in ready.items():
             wanted[name].copy_(value)
     mine = (name.removeprefix(prefix) for name in wanted if name.startswith(kept))
-    resized = (name.removeprefix(prefix) for name in resized)
+    resized = (name.removeprefix(prefix) for name in resized if name in ready)
     return Loaded(found.format, tuple(dropped), tuple(mine), tuple(resized))
 
 

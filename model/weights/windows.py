@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from videoswin_kernels.geometry import Triple, relative_position_index, table_rows
 
 
-def name_window(module: nn.Module, _: object, __: str, metadata: dict[str, Any]) -> None:
+def name_window(module: nn.Module, _state: object, _prefix: str, metadata: dict[str, Any]) -> None:
     """Leaves the window in a state dict's metadata, which `torch.save` keeps."""
     metadata["window_size"] = module.window_size
 
@@ -27,10 +27,7 @@ def check_window(
     metadata: dict[str, Any],
     *rest: object,
 ) -> None:
-    """Holds a state dict to the module's own window, and takes the official index buffer out of it.
-
-    Shapes cannot tell: those of windows (8, 7, 7) and (7, 8, 7) are the same.
-    """
+    """Holds a state dict to the module's own window; takes the official index buffer out of it."""
     errors = rest[-1]
     name = f"{prefix}relative_position_index"
     if name in state and not is_index_of(state.pop(name), module.window_size):
