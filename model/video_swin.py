@@ -72,7 +72,7 @@ class WindowAttention3D(nn.Module):
         super().__init__()
         self.window_size, self.shift_size = window_size, shift_size
         self.num_heads, self.scale, self.attn_drop = num_heads, qk_scale, attn_drop
-        self.kernels = kernels
+        self.kernels, self.head_width = kernels, dim // num_heads
         rows = table_rows(window_size)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)

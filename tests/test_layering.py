@@ -57,12 +57,21 @@ def test_the_mathematics_needs_torch_and_einops_alone(part):
         assert not wrong, path
 
 
-def test_the_rest_of_the_package_adds_numpy_for_the_geometry():
+def test_the_rest_of_the_package_adds_numpy_for_the_geometry_and_triton_for_its_kernels():
     allowed = FOREIGN | {"videoswin_kernels"} | sys.stdlib_module_names
     for path in files("videoswin_kernels"):
         extra = {"numpy"} if path.name == "geometry.py" else set()
+        extra |= {"triton"} if path.parent.name == "triton" else set()
         wrong = {name for name in imported(path) if top(name) not in allowed | extra}
         assert not wrong, path
+
+
+def test_a_kernel_set_is_imported_by_nothing_outside_it():
+    """It is loaded by name when it is chosen, so that a machine without it loses nothing else."""
+    for path in [*files("videoswin_kernels"), *files("model"), *files("train")]:
+        if path.parent.name != "triton":
+            wrong = {n for n in imported(path) if n.startswith("videoswin_kernels.triton")}
+            assert not wrong, path
 
 
 def test_the_reference_does_not_share_the_vectors_of_the_kernels():
@@ -84,7 +93,8 @@ def test_the_reference_imports_no_operator():
 
 
 def test_importing_the_kernels_loads_nothing_of_training():
-    heavy = ["matplotlib", "decord", "av", "PIL", "tqdm", "tyro", "triton", "model", "train"]
+    heavy = ["matplotlib", "decord", "av", "PIL", "tqdm", "tyro", "model", "train"]
+    heavy.append("videoswin_kernels.triton")
     program = (
         "import sys, torch; before = set(sys.modules); import videoswin_kernels; "
         f"print(*(set({heavy!r}) & (set(sys.modules) - before)))"

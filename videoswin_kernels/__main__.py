@@ -11,6 +11,7 @@ from videoswin_kernels.selection import (
     OPERATORS,
     TABLE,
     WORDS,
+    Call,
     UnavailableError,
     choose,
     device_types,
@@ -21,14 +22,17 @@ def main() -> None:
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     print(f"videoswin_kernels {__version__}, {versions}")
     refusals: dict[str, str] = {}
-    for device_type in device_types():
+    types = device_types()
+    for device_type in types:
         name = torch.cuda.get_device_name() if device_type == "cuda" else platform.machine()
         print(f"\non {device_type} ({name})")
         print("".join(f"{column:<18}" for column in ("", *WORDS)).rstrip())
         for operator in OPERATORS:
             cells = [_cell(operator, word, device_type, refusals) for word in WORDS]
             print("".join(f"{cell:<18}" for cell in (operator, *cells)).rstrip())
-    if len(TABLE) > 1:
+    if any(
+        len(TABLE[device_type][operator]) > 1 for device_type in types for operator in OPERATORS
+    ):
         print("\n* unmeasured: no bench row has earned this place yet")
     print()
     for word, reason in refusals.items():
@@ -37,11 +41,11 @@ def main() -> None:
 
 def _cell(operator: str, word: str, device_type: str, refusals: dict[str, str]) -> str:
     try:
-        choice = choose(operator, word, device_type)
+        choice = choose(Call(operator, device_type), word)
     except UnavailableError as error:
         refusals[word] = str(error).partition("cannot run: ")[2]
         return "-"
-    had_rivals = word in ("auto", "fused") and len(TABLE) > 1
+    had_rivals = word in ("auto", "fused") and len(TABLE[device_type][operator]) > 1
     return f"{choice.kernels} *" if had_rivals and choice.row is None else choice.kernels
 
 

@@ -27,19 +27,25 @@ def check_triple(where: str, name: str, value: object, minimum: int | None) -> T
         TypeError: not a sequence of integers.
         ValueError: not three of them, or one below the minimum.
     """
-    bound = "" if minimum is None else f" >= {minimum}"
-    expected = (
-        f"{where}: {name} must be three integers{bound} (depth, height, width), got {value!r}"
-    )
+
+    def expected() -> str:
+        # Made where it is raised: a traced size has no repr.
+        bound = "" if minimum is None else f" >= {minimum}"
+        return (
+            f"{where}: {name} must be three integers{bound} (depth, height, width), got {value!r}"
+        )
+
     if not isinstance(value, (list, tuple, np.ndarray)):
-        raise TypeError(expected)
+        raise TypeError(expected())
     items = tuple(value)
     for item in items:
         # SymInt (a traced size) is no int and no numpy integer, but has __index__ as they do.
         if isinstance(item, bool) or not hasattr(item, "__index__"):
-            raise TypeError(expected)
+            raise TypeError(expected())
+    # NumPy's integers become Python's: only those can be arguments of a registered operator.
+    items = tuple(int(item) if isinstance(item, np.integer) else item for item in items)
     if len(items) != 3 or (minimum is not None and any(item < minimum for item in items)):
-        raise ValueError(expected)
+        raise ValueError(expected())
     return items
 
 

@@ -5,25 +5,22 @@
     "reference"  plain PyTorch: any device, any floating-point dtype, differentiable by autograd
     "triton", "cuda", "cpu"  exactly this kernel set, or a refusal
 
-Nothing here logs, warns, imports kernels or reads the environment; `explain` says what would run.
+Nothing here logs or warns; `explain` says what would run. A kernel set is imported, and asked
+whether it can run, by the first call that could choose it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-OPERATORS = (
-    "cyclic_shift",
-    "window_partition",
-    "window_reverse",
-    "window_attention",
-    "patch_merging",
-    "residual_norm",
-)
+MOVEMENT = ("cyclic_shift", "window_partition", "window_reverse")
+OPERATORS = (*MOVEMENT, "window_attention", "patch_merging", "residual_norm")
 WORDS = ("auto", "fused", "reference", "triton", "cuda", "cpu")
 
 
@@ -47,16 +44,48 @@ class Choice(NamedTuple):
     row: str | None
 
 
-# Order of preference, the same for every operator and device so far.
-TABLE = (Entry("reference"),)
-
 # Why a kernel set runs nowhere, in words that end a sentence.
 ABSENT = {
-    "triton": "this version has no Triton kernels",
     "cuda": "this version has no CUDA C++ kernels",
     "cpu": "this version has no C++ kernels for the CPU",
 }
+
+# Order of preference for each device type and operator; `reference` is always the last.
+_CUDA = (Entry("triton"), Entry("reference"))
+TABLE = {
+    "cuda": dict.fromkeys(OPERATORS, _CUDA),
+    "cpu": dict.fromkeys(OPERATORS, (Entry("reference"),)),
+}
+# Kernels without a gradient yet: "auto" leaves them out where one is needed.
+FORWARD_ONLY = {("triton", "window_attention")}
+# What the arithmetic of the compiled sets takes; movement takes any dtype.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_WIDTHS = (16, 32, 64)
+TRITON_VERSION = (3, 6)
+CAPABILITY = (8, 0)
 CURE = "use kernels='reference' or kernels='auto'"
+
+
+class Call(NamedTuple):
+    """All of a call that decides which kernel sets can run it.
+
+    Attributes:
+        operator: its name.
+        device_type: "cpu", "cuda", "meta", ...
+        device_index: which of them, None for the current one.
+        dtypes: those of the floating-point tensors (of all tensors for movement).
+        head_width: channels of an attention head; None for an unknown one.
+        has_dropout: whether attention weights are dropped.
+        needs_grad: whether a gradient will be asked for.
+    """
+
+    operator: str
+    device_type: str = "cpu"
+    device_index: int | None = None
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    head_width: int | None = HEAD_WIDTHS[0]
+    has_dropout: bool = False
+    needs_grad: bool = False
 
 
 def check_word(where: str, kernels: object) -> str:
@@ -66,29 +95,146 @@ def check_word(where: str, kernels: object) -> str:
     return kernels
 
 
-def choose(operator: str, kernels: str, device_type: str) -> Choice:
-    """The kernel set that runs `operator` on tensors of a device type.
+def known_width(width: int) -> int | None:
+    """The head width as a constant: where it is traced, None for all but `HEAD_WIDTHS`."""
+    # Spelt out: tracing with dynamic=True takes integers of a global for symbols, too.
+    for known in (16, 32, 64):
+        if width == known:
+            return known
+    return None if torch.compiler.is_compiling() else width
+
+
+def reason_against(kernels: str, call: Call) -> str | None:
+    """Why a kernel set cannot run a call here, in words that end a sentence; None if it can."""
+    if kernels == "reference":
+        return None
+    if kernels != "triton":
+        return ABSENT[kernels]
+    return _against_fused(call) or _against_triton(call)
+
+
+def _against_fused(call: Call) -> str | None:
+    """What no compiled kernel set takes."""
+    if call.operator in MOVEMENT:
+        return None
+    for dtype in call.dtypes:
+        if dtype not in DTYPES:
+            names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+            return f"its kernels take {names}, got {str(dtype).removeprefix('torch.')}"
+    if call.operator == "window_attention":
+        if call.head_width not in HEAD_WIDTHS:
+            widths = ", ".join(map(str, HEAD_WIDTHS))
+            got = "another" if call.head_width is None else call.head_width
+            return f"its kernels take a head width of {widths} channels, got {got}"
+        if call.has_dropout:
+            return "its kernels have no dropout of attention weights, got dropout above 0"
+    return None
+
+
+def _against_triton(call: Call) -> str | None:
+    if call.device_type not in ("cuda", "cpu", "meta"):
+        return f"Triton's kernels run on CUDA tensors, got {call.device_type}"
+    if call.device_type == "meta":
+        return None
+    if call.device_type == "cuda" and not torch.cuda.is_available():
+        return "torch finds no CUDA GPU here"
+    if find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    # Not at the head of the file: it imports triton, which is only for those who use it.
+    compiler = import_module("videoswin_kernels.triton._compiler")
+    if compiler.VERSION < TRITON_VERSION:
+        needed, found = (".".join(map(str, v)) for v in (TRITON_VERSION, compiler.VERSION))
+        return f"Triton {needed} or newer is needed, {found} is installed"
+    if call.device_type == "cuda":
+        if compiler.IS_INTERPRETED:
+            return "TRITON_INTERPRET is set, and then Triton runs on CPU tensors alone"
+        capability = torch.cuda.get_device_capability(call.device_index)
+        if capability < CAPABILITY:
+            needed, found = (".".join(map(str, v)) for v in (CAPABILITY, capability))
+            return f"Triton's kernels need a GPU of compute capability {needed}, this has {found}"
+        return None
+    if not compiler.IS_INTERPRETED:
+        return (
+            "Triton's kernels run on CUDA tensors (on those of a CPU only interpreted, for tests, "
+            "which takes TRITON_INTERPRET=1 in the environment from the start)"
+        )
+    if torch.bfloat16 in call.dtypes and call.operator not in MOVEMENT:
+        return "Triton's interpreter computes bfloat16 wrongly, without saying so"
+    return None
+
+
+def choose(call: Call, kernels: str) -> Choice:
+    """The kernel set that runs a call under a word.
 
     Raises:
         ValueError: an unknown word.
         UnavailableError: no kernel set that the word allows can run, with the reason of each.
     """
+    operator = call.operator
     check_word(operator, kernels)
-    if kernels == "reference":
+    if kernels in ("auto", "fused"):
+        return _first_of_table(call, kernels)
+    reason = reason_against(kernels, call)
+    if reason is None:
         return Choice(operator, kernels, "asked for by name", None)
-    if kernels in ABSENT:
-        reason = ABSENT[kernels]
-        raise UnavailableError(f"{operator}: kernels={kernels!r} cannot run: {reason}; {CURE}")
-    if kernels == "fused":
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in ABSENT.items())
-        raise UnavailableError(f"{operator}: kernels='fused' cannot run: {reasons}; {CURE}")
-    entry = TABLE[0]
-    return Choice(operator, entry.kernels, f"first that runs on {device_type}", entry.row)
+    raise UnavailableError(f"{operator}: kernels={kernels!r} cannot run: {reason}; {CURE}")
 
 
-def resolve(operator: str, kernels: str, x: Tensor) -> str:
-    """The name of the kernel set that runs `operator` on `x`; raises as `choose` does."""
-    return choose(operator, kernels, x.device.type).kernels
+def _first_of_table(call: Call, kernels: str) -> Choice:
+    device_type, operator = call.device_type, call.operator
+    entries = {
+        entry.kernels: entry
+        for entry in TABLE.get(device_type, TABLE["cpu"])[operator]
+        if kernels == "auto" or entry.kernels != "reference"
+    }
+    reasons = []
+    for name in dict.fromkeys([*entries, *ABSENT, "triton"]):
+        reason = reason_against(name, call)
+        if name not in entries:
+            reason = reason or f"not for {device_type} tensors, except by name"
+        elif kernels == "auto" and call.needs_grad and (name, operator) in FORWARD_ONLY:
+            reason = "it has no gradient yet"
+        if reason is None:
+            why = "; ".join([f"first that runs on {device_type}", *reasons])
+            return Choice(operator, name, why, entries[name].row)
+        reasons.append(f"{name}: {reason}")
+    said = "; ".join(reasons)
+    raise UnavailableError(f"{operator}: kernels='fused' cannot run: {said}; {CURE}")
+
+
+# Filled by the first call of each kind; nothing that decides can change in a process.
+_decided: dict[tuple[Call, str], tuple[str | None, str]] = {}
+
+
+@torch.compiler.assume_constant_result
+def _decide(kernels: str, *call: Any) -> tuple[str | None, str]:
+    """(the kernel set, "") or (None, why not): once for each kind of call, also when traced."""
+    key = (Call(*call), kernels)
+    if key not in _decided:
+        try:
+            _decided[key] = (choose(*key).kernels, "")
+        except UnavailableError as error:
+            _decided[key] = (None, str(error))
+    return _decided[key]
+
+
+def resolve(
+    operator: str,
+    kernels: str,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    head_width: int | None = HEAD_WIDTHS[0],
+    has_dropout: bool = False,
+    needs_grad: bool = False,
+) -> str:
+    """The name of the kernel set that runs a call; arguments as in `Call`, raises as `choose`."""
+    check_word(operator, kernels)
+    chosen, refusal = _decide(
+        kernels, operator, device.type, device.index, dtypes, head_width, has_dropout, needs_grad
+    )
+    if chosen is None:
+        raise UnavailableError(refusal)
+    return chosen
 
 
 def explain(
@@ -109,20 +255,32 @@ def explain(
         UnavailableError: what the module asks for cannot run, with the reason.
     """
     if isinstance(module_or_operator, nn.Module):
-        if example is None:
-            example = next(module_or_operator.parameters(), None)
-        device_type = "cpu" if example is None else example.device.type
-        users = [m for m in module_or_operator.modules() if hasattr(m, "operator")]
-        if not users:
-            name = type(module_or_operator).__name__
-            raise ValueError(f"explain: {name} holds no module that uses an operator")
-        pairs = dict.fromkeys((m.operator, m.kernels) for m in users)
-        return [choose(operator, kernels, device_type) for operator, kernels in pairs]
+        return _explain_module(module_or_operator, example)
     operator = getattr(module_or_operator, "__name__", module_or_operator)
     if operator not in OPERATORS:
         names = ", ".join(OPERATORS)
         raise ValueError(f"explain: operator must be one of {names}, got {module_or_operator!r}")
-    return choose(operator, "auto", "cpu" if example is None else example.device.type)
+    return choose(Call(operator, *_place(example)), "auto")
+
+
+def _place(example: Tensor | None) -> tuple:
+    """Device type, device index and dtypes of a call on `example`."""
+    if example is None:
+        return "cpu", None, (torch.float32,)
+    return example.device.type, example.device.index, (example.dtype,)
+
+
+def _explain_module(module: nn.Module, example: Tensor | None) -> list[Choice]:
+    place = _place(next(module.parameters(), None) if example is None else example)
+    users = [m for m in module.modules() if hasattr(m, "operator")]
+    if not users:
+        raise ValueError(f"explain: {type(module).__name__} holds no module that uses an operator")
+    calls = {}
+    for user in users:
+        width = known_width(getattr(user, "head_width", HEAD_WIDTHS[0]))
+        needs_grad = user.training and any(p.requires_grad for p in user.parameters())
+        calls[Call(user.operator, *place, width, needs_grad=needs_grad), user.kernels] = None
+    return list(dict.fromkeys(choose(*key) for key in calls))
 
 
 def device_types() -> list[str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from math import inf
+from collections.abc import Sequence
+from math import inf, prod
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from videoswin_kernels import reference
-from videoswin_kernels.geometry import Triple, check_window, table_rows
+from videoswin_kernels.geometry import Triple, check_window, clamp_window, table_rows
 from videoswin_kernels.ops._checks import (
     autocast_dtype,
     check_device,
@@ -20,7 +22,9 @@ from videoswin_kernels.ops._checks import (
     check_vector,
     without_autocast,
 )
-from videoswin_kernels.selection import resolve
+from videoswin_kernels.ops._declare import NAMESPACES, Operator, declare
+from videoswin_kernels.ops._vectors import window_vectors
+from videoswin_kernels.selection import known_width, resolve
 
 
 def window_attention(
@@ -106,7 +110,27 @@ def window_attention(
         pad_qkv = pad_qkv.to(dtype)
     check_number(where, "scale", 0.0 if scale is None else scale, -inf)
     check_number(where, "dropout", dropout, 0, 1)
-    resolve(where, kernels, qkv)
+    width = channels // num_heads
+    # As Python's own float: of NumPy's, tracing would make a tensor.
+    scale = float(scale or width**-0.5)
+    # Spelt out: where it is traced, only a branch makes a number's comparison a constant.
+    has_dropout = False
+    if dropout > 0:
+        has_dropout = True
+    inputs = [each for each in (qkv, bias_table, pad_qkv) if each is not None]
+    chosen = resolve(
+        where,
+        kernels,
+        qkv.device,
+        (dtype, bias_table.dtype),
+        known_width(width),
+        has_dropout=has_dropout,
+        needs_grad=torch.is_grad_enabled() and any(each.requires_grad for each in inputs),
+    )
+    if chosen != "reference":
+        operator = NAMESPACES[chosen].window_attention
+        options = (window, shift, int(num_heads), scale)
+        return operator(qkv.to(dtype), bias_table, pad_qkv, *options)[0]
     with without_autocast(qkv):
         return reference.window_attention(
             qkv.to(dtype),
@@ -115,7 +139,7 @@ def window_attention(
             window=window,
             shift=shift,
             num_heads=num_heads,
-            scale=scale or (channels // num_heads) ** -0.5,
+            scale=scale,
             dropout=dropout,
         )
 
@@ -133,3 +157,99 @@ def _check_heads(packed: int, num_heads: object) -> int:
             f"got {packed}"
         )
     return packed // 3
+
+
+def _outputs(
+    qkv: Tensor,
+    bias_table: Tensor,
+    pad_qkv: Tensor | None,
+    window: Sequence[int],
+    shift: Sequence[int],
+    num_heads: int,
+    scale: float,
+) -> tuple:
+    """The result and, for the gradient, the log-sum-exp of each token's scores."""
+    batch, *grid, packed = qkv.shape
+    log_sum_exp = qkv.new_empty((batch, num_heads, prod(grid)), dtype=torch.float32)
+    return qkv.new_empty((batch, *grid, packed // 3)), log_sum_exp
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    qkv, bias_table, pad_qkv, *ctx.options = inputs
+    out, log_sum_exp = output
+    ctx.save_for_backward(qkv, bias_table, pad_qkv, out, log_sum_exp)
+    ctx.mark_non_differentiable(log_sum_exp)
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(operators: Any, ctx: Any, grad: Tensor | None, _: None) -> tuple:
+    if grad is None:
+        return (None,) * 7
+    saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
+    grads = operators.window_attention_backward(grad, *saved, *ctx.options, *needs)
+    wanted = zip(grads, saved[:3], needs, strict=True)
+    return (*(g.to(x.dtype) if need else None for g, x, need in wanted), *(None,) * 4)
+
+
+def _grads(
+    grad_out: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor,
+    pad_qkv: Tensor | None,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    window: Sequence[int],
+    shift: Sequence[int],
+    num_heads: int,
+    scale: float,
+    needs_qkv: bool,
+    needs_table: bool,
+    needs_pad: bool,
+) -> tuple:
+    """The gradients of qkv, bias_table and pad_qkv, of size 0 where they are not needed."""
+    table = bias_table.shape if needs_table else (0,)
+    return (
+        qkv.new_empty(qkv.shape if needs_qkv else (0,)),
+        bias_table.new_empty(table, dtype=torch.float32),
+        qkv.new_empty(qkv.shape[-1:] if needs_pad else (0,), dtype=torch.float32),
+    )
+
+
+def _score_products(qkv: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> int:
+    """Multiply-adds of a product such as q k^T for qkv of this shape: B * M * heads * N * N * E."""
+    batch, *grid, packed = qkv
+    clamped, _, padded = clamp_window(grid, window, shift)
+    return batch * prod(padded) * prod(clamped) * (packed // 3)
+
+
+declare(
+    Operator(
+        "window_attention(Tensor qkv, Tensor bias_table, Tensor? pad_qkv, SymInt[] window, "
+        "SymInt[] shift, SymInt num_heads, float scale) -> (Tensor out, Tensor log_sum_exp)",
+        file="attention",
+        outputs=_outputs,
+        vectors=lambda qkv, _table, _pad, window, shift, *_: (
+            window_vectors,
+            qkv.shape[1:4],
+            window,
+            shift,
+        ),
+        save=_save,
+        gradient=_gradient,
+        # q k^T and p v.
+        flops=lambda qkv, _table, _pad, window, shift, *_: 4 * _score_products(qkv, window, shift),
+    )
+)
+declare(
+    Operator(
+        "window_attention_backward(Tensor grad_out, Tensor qkv, Tensor bias_table, "
+        "Tensor? pad_qkv, Tensor out, Tensor log_sum_exp, SymInt[] window, SymInt[] shift, "
+        "SymInt num_heads, float scale, bool needs_qkv, bool needs_table, bool needs_pad) "
+        "-> (Tensor grad_qkv, Tensor grad_table, Tensor grad_pad)",
+        file="attention",
+        outputs=_grads,
+        vectors=lambda *inputs: (window_vectors, inputs[1].shape[1:4], inputs[6], inputs[7]),
+        # q k^T again, and the gradients of v, p, q and k.
+        flops=lambda *inputs: 10 * _score_products(inputs[1], inputs[6], inputs[7]),
+    )
+)

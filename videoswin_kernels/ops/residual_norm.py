@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from math import prod
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from videoswin_kernels import reference
@@ -15,6 +19,7 @@ from videoswin_kernels.ops._checks import (
     check_vector,
     without_autocast,
 )
+from videoswin_kernels.ops._declare import NAMESPACES, Operator, declare
 from videoswin_kernels.selection import resolve
 
 
@@ -77,7 +82,116 @@ def residual_norm(
                 f"{where}: branch_scale must not require grad, got one that does; detach it"
             )
     check_number(where, "eps", eps, 0)
-    resolve(where, kernels, x)
     dtype = autocast_dtype(x) or x.dtype
-    with without_autocast(x):
-        return reference.residual_norm(x, branch, weight, bias, eps, branch_scale, dtype)
+    tensors = (x, branch, weight, bias, *([] if branch_scale is None else [branch_scale]))
+    chosen = resolve(where, kernels, x.device, (*(each.dtype for each in tensors), dtype))
+    if chosen == "reference":
+        with without_autocast(x):
+            return reference.residual_norm(x, branch, weight, bias, eps, branch_scale, dtype)
+    operator = NAMESPACES[chosen].residual_norm
+    return operator(x, branch, weight, bias, branch_scale, float(eps), dtype)[:2]
+
+
+def _outputs(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    branch_scale: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple:
+    """The results and, for the gradient, mean and 1 / deviation of each row."""
+    mean, rstd = (x.new_empty(prod(x.shape[:4]), dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype), mean, rstd
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    _, branch, weight, bias, branch_scale, _, _ = inputs
+    total, _, mean, rstd = output
+    ctx.save_for_backward(total, weight, mean, rstd, branch_scale)
+    ctx.branch_dtype, ctx.bias_dtype = branch.dtype, bias.dtype
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(
+    operators: Any, ctx: Any, grad_total: Tensor | None, grad_norm: Tensor | None, *_: None
+) -> tuple:
+    if grad_total is None and grad_norm is None:
+        return (None,) * 7
+    total, weight, mean, rstd, branch_scale = ctx.saved_tensors
+    needs_x, needs_branch, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+    # Without a factor, and in one dtype, both halves of a sum have one gradient: written once.
+    is_shared = needs_branch and branch_scale is None and ctx.branch_dtype == total.dtype
+    grad_x, grad_branch, grad_weight, grad_bias = operators.residual_norm_backward(
+        grad_total,
+        grad_norm,
+        total,
+        weight,
+        mean,
+        rstd,
+        branch_scale,
+        ctx.branch_dtype,
+        needs_x or is_shared,
+        needs_branch and not is_shared,
+        needs_weight or needs_bias,
+    )
+    if is_shared:
+        grad_branch = grad_x
+    return (
+        grad_x if needs_x else None,
+        grad_branch if needs_branch else None,
+        grad_weight.to(weight.dtype) if needs_weight else None,
+        grad_bias.to(ctx.bias_dtype) if needs_bias else None,
+        None,
+        None,
+        None,
+    )
+
+
+def _grads(
+    grad_total: Tensor | None,
+    grad_norm: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    branch_scale: Tensor | None,
+    branch_dtype: torch.dtype,
+    needs_x: bool,
+    needs_branch: bool,
+    needs_affine: bool,
+) -> tuple:
+    """The gradients of x, branch, weight and bias, of size 0 where they are not needed."""
+    affine = weight.shape if needs_affine else (0,)
+    grad_weight, grad_bias = (weight.new_empty(affine, dtype=torch.float32) for _ in range(2))
+    return (
+        total.new_empty(total.shape if needs_x else (0,)),
+        total.new_empty(total.shape if needs_branch else (0,), dtype=branch_dtype),
+        grad_weight,
+        grad_bias,
+    )
+
+
+declare(
+    Operator(
+        "residual_norm(Tensor x, Tensor branch, Tensor weight, Tensor bias, Tensor? branch_scale, "
+        "float eps, ScalarType dtype) "
+        "-> (Tensor total, Tensor norm, Tensor mean, Tensor rstd)",
+        file="residual_norm",
+        outputs=_outputs,
+        save=_save,
+        gradient=_gradient,
+    )
+)
+declare(
+    Operator(
+        "residual_norm_backward(Tensor? grad_total, Tensor? grad_norm, Tensor total, "
+        "Tensor weight, Tensor mean, Tensor rstd, Tensor? branch_scale, ScalarType branch_dtype, "
+        "bool needs_x, bool needs_branch, bool needs_affine) "
+        "-> (Tensor grad_x, Tensor grad_branch, Tensor grad_weight, Tensor grad_bias)",
+        file="residual_norm",
+        outputs=_grads,
+    )
+)

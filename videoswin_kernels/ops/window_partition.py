@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 from torch import Tensor
 
 from videoswin_kernels import reference
 from videoswin_kernels.geometry import Triple, check_triple, check_window, clamp_window
 from videoswin_kernels.ops._checks import check_grid, check_tensor
+from videoswin_kernels.ops._declare import NAMESPACES, Operator, declare
+from videoswin_kernels.ops._vectors import window_vectors
 from videoswin_kernels.selection import resolve
 
 
@@ -36,8 +40,10 @@ def window_partition(
     """
     check_grid("window_partition", "x", x)
     window, shift = check_window("window_partition", window, shift)
-    resolve("window_partition", kernels, x)
-    return reference.window_partition(x, window, shift)
+    chosen = resolve("window_partition", kernels, x.device, (x.dtype,))
+    if chosen == "reference":
+        return reference.window_partition(x, window, shift)
+    return NAMESPACES[chosen].window_partition(x, window, shift)
 
 
 def window_reverse(
@@ -77,5 +83,63 @@ def window_reverse(
             f"{where}: windows must be [B * {count}, {tokens}, C] for grid {grid} and window "
             f"{window}, got {list(windows.shape)}"
         )
-    resolve(where, kernels, windows)
-    return reference.window_reverse(windows, grid, window, shift)
+    chosen = resolve(where, kernels, windows.device, (windows.dtype,))
+    if chosen == "reference":
+        return reference.window_reverse(windows, grid, window, shift)
+    return NAMESPACES[chosen].window_reverse(windows, grid, window, shift)
+
+
+def _partitioned(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
+    batch, *grid, channels = x.shape
+    clamped, _, padded = clamp_window(grid, window, shift)
+    tokens = prod(clamped)
+    return x.new_empty((batch * (prod(padded) // tokens), tokens, channels))
+
+
+def _save_partition(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, ctx.window, ctx.shift = inputs
+    ctx.grid = x.shape[1:4]
+
+
+def _partition_gradient(operators: Any, ctx: Any, grad: Tensor) -> tuple:
+    return operators.window_reverse(grad, ctx.grid, ctx.window, ctx.shift), None, None
+
+
+declare(
+    Operator(
+        "window_partition(Tensor x, SymInt[] window, SymInt[] shift) -> Tensor",
+        file="window_partition",
+        outputs=_partitioned,
+        vectors=lambda x, window, shift: (window_vectors, x.shape[1:4], window, shift),
+        save=_save_partition,
+        gradient=_partition_gradient,
+    )
+)
+
+
+def _reversed(
+    windows: Tensor, grid: Sequence[int], window: Sequence[int], shift: Sequence[int]
+) -> Tensor:
+    _, _, padded = clamp_window(grid, window, shift)
+    count, tokens, channels = windows.shape
+    return windows.new_empty((count * tokens // prod(padded), *grid, channels))
+
+
+def _save_reverse(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, _, ctx.window, ctx.shift = inputs
+
+
+def _reverse_gradient(operators: Any, ctx: Any, grad: Tensor) -> tuple:
+    return operators.window_partition(grad, ctx.window, ctx.shift), None, None, None
+
+
+declare(
+    Operator(
+        "window_reverse(Tensor windows, SymInt[] grid, SymInt[] window, SymInt[] shift) -> Tensor",
+        file="window_partition",
+        outputs=_reversed,
+        vectors=lambda windows, grid, window, shift: (window_vectors, grid, window, shift),
+        save=_save_reverse,
+        gradient=_reverse_gradient,
+    )
+)

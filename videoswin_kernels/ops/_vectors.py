@@ -1,0 +1,115 @@
+"""The vectors of `geometry.py` on a device: looked up when a kernel runs, never traced.
+
+Operators carry integers alone, so a compiled or exported program holds no vector: what it was
+traced with cannot go stale, and one program serves every grid. Vectors are made once for each
+(grid, window, shift, device) and kept for the life of the process, 12 bytes a token: CUDA graphs
+that have captured a kernel hold their addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Private, and the only way out of every tracing mode at once; FakeTensorMode's own exit leaves
+# the others on.
+from torch.utils._python_dispatch import _disable_current_modes
+
+from videoswin_kernels.geometry import Triple, WindowGeometry, merge_index, shift_index
+
+
+class WindowVectors(NamedTuple):
+    """The vectors of a `WindowGeometry` as int32 tensors, and its numbers."""
+
+    source: Tensor
+    target: Tensor
+    region: Tensor
+    mixed: Tensor
+    code: Tensor
+    place: Tensor
+    offset: int
+    num_windows: int
+    tokens_per_window: int
+    has_padding: bool
+    has_mask: bool
+
+
+_held: dict[tuple, WindowVectors | Tensor] = {}
+
+
+def window_vectors(
+    operator: str, grid: Triple, window: Triple, shift: Triple, device: torch.device
+) -> WindowVectors:
+    """The vectors of a token grid under a configured window and shift, on `device`.
+
+    Raises RuntimeError naming `operator` where they would have to be made during a CUDA graph's
+    capture: the copy to the device cannot be captured.
+    """
+
+    def build() -> WindowVectors:
+        geometry = WindowGeometry.build(grid, window, shift)
+        names = WindowVectors._fields[:6]
+        return WindowVectors(
+            *(_copied(getattr(geometry, name), device) for name in names),
+            geometry.offset,
+            geometry.num_windows,
+            geometry.tokens_per_window,
+            has_padding=geometry.padded != geometry.grid,
+            has_mask=bool(geometry.mixed.any()),
+        )
+
+    return _lookup(operator, "window", (grid, window, shift), device, build)
+
+
+def shift_vector(operator: str, grid: Triple, shift: Triple, device: torch.device) -> Tensor:
+    """`shift_index` on `device`; raises as `window_vectors` does."""
+    shift = tuple(s % size for s, size in zip(shift, grid, strict=True))
+    return _lookup(
+        operator, "shift", (grid, shift), device, lambda: _copied(shift_index(grid, shift), device)
+    )
+
+
+def merge_vector(operator: str, grid: Triple, device: torch.device) -> Tensor:
+    """`merge_index` on `device`; raises as `window_vectors` does."""
+    return _lookup(operator, "merge", (grid,), device, lambda: _copied(merge_index(grid), device))
+
+
+def warm(lookup: Callable, operator: str, *axes: Sequence, device: torch.device) -> None:
+    """Looks vectors up ahead of the first run, from a fake kernel, where that is possible.
+
+    So a compiled program finds them made before a CUDA graph's memory pool exists. Sizes that are
+    symbols are left to the run, as are devices that this machine has not.
+    """
+    if device.type == "cuda":
+        is_real = torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    else:
+        is_real = device.type == "cpu"
+    if is_real and all(type(item) is int for triple in axes for item in triple):
+        lookup(operator, *axes, device)
+
+
+def _lookup(
+    operator: str, kind: str, axes: tuple[Sequence[int], ...], device: torch.device, build: Callable
+) -> WindowVectors | Tensor:
+    key = (kind, *map(tuple, axes), device)
+    found = _held.get(key)
+    if found is not None:
+        return found
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        grid = tuple(axes[0])
+        raise RuntimeError(
+            f"{operator}: the geometry of grid {grid} is not on {device} yet; "
+            "run once before capturing"
+        )
+    # Two threads may build the same; the first to finish is kept, as a kernel may hold it already.
+    return _held.setdefault(key, build())
+
+
+def _copied(vector, device: torch.device) -> Tensor:
+    """A NumPy vector as a plain tensor on the device, whatever is being traced around the call."""
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        # Pageable memory: the copy is complete, for every stream, when the call returns.
+        return torch.tensor(vector, device=device)

@@ -1,0 +1,1 @@
+"""The operators in Triton: kernels and launchers, imported when they are chosen."""

@@ -1,0 +1,227 @@
+"""One program a (head, window, tile of queries): rows gathered by `source`, softmax on the fly.
+
+The bias is expanded once per call to [heads, N, N], in units of log 2: a gather from the table for
+each score would cost more than the score. Programs run head by head, so that one head's bias stays
+in the L2 cache while all windows pass.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from videoswin_kernels.ops._vectors import WindowVectors
+from videoswin_kernels.triton._compiler import architecture, dot_precision, launch
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+MASKED = tl.constexpr(-100.0)
+
+
+class Configuration(NamedTuple):
+    """How the forward kernel divides a window, and Triton's two knobs."""
+
+    block_queries: int
+    block_keys: int
+    num_warps: int
+    num_stages: int
+
+
+def configuration(
+    architecture: int, dtype: torch.dtype, tokens: int, head_width: int
+) -> Configuration:
+    """The forward kernel's configuration, a plain function of what is asked, so runs repeat.
+
+    A tile is no larger than the window needs, and at least 16 x 16, as the tensor cores ask.
+    float32 has none of those ("ieee") and small tiles, since its operands lie in registers.
+    """
+    if dtype == torch.float32:
+        queries, keys = 32, 32 if head_width <= 32 else 16
+    else:
+        # By the compiler's own count, 64 keys spill on all but Hopper.
+        queries, keys = 64, 64 if 90 <= architecture < 100 else 32
+    most = max(16, triton.next_power_of_2(tokens))
+    return Configuration(min(queries, most), min(keys, most), num_warps=4, num_stages=2)
+
+
+@triton.jit
+def expand_bias_kernel(table, code, bias, offset, tokens, stride, num_heads, BLOCK: tl.constexpr):
+    """bias[head, i, j] = table[code[i] - code[j] + offset, head] * log2(e)."""
+    query = tl.program_id(0)
+    head = tl.program_id(1)
+    key = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    is_key = key < tokens
+    row = tl.load(code + query) - tl.load(code + key, mask=is_key, other=0) + offset
+    value = tl.load(table + row.to(tl.int64) * num_heads + head, mask=is_key, other=0)
+    at = (head.to(tl.int64) * tokens + query) * stride + key
+    tl.store(bias + at, value.to(tl.float32) * LOG2_E, mask=is_key)
+
+
+@triton.jit
+def attention_forward_kernel(
+    qkv,
+    pad_qkv,
+    bias,
+    source,
+    region,
+    mixed,
+    out,
+    log_sum_exp,
+    num_grid,
+    num_windows,
+    tokens,
+    bias_stride,
+    num_heads,
+    windows_of_all,
+    scale,
+    HAS_PADDING: tl.constexpr,
+    HAS_PAD_QKV: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_WIDTH: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """out[i] = sum over j of softmax(scale * q[i] . k[j] + bias[i, j] + mask[i, j]) * v[j]."""
+    tiles = tl.cdiv(tokens, BLOCK_QUERIES)
+    tile = tl.program_id(0) % tiles
+    head = tl.program_id(0) // tiles // windows_of_all
+    window_of_all = tl.program_id(0) // tiles % windows_of_all
+    clip = (window_of_all // num_windows).to(tl.int64)
+    window = window_of_all % num_windows
+    channels = num_heads * HEAD_WIDTH
+    source += window * tokens
+    region += window * tokens
+    qkv += clip * num_grid * 3 * channels
+    channel = head * HEAD_WIDTH + tl.arange(0, HEAD_WIDTH)
+
+    # A padded query's output is dropped, so nothing stands for it.
+    query = tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    is_query = query < tokens
+    token = tl.load(source + query, mask=is_query, other=-1)
+    is_kept = token >= 0
+    q_at = token.to(tl.int64)[:, None] * (3 * channels) + channel[None, :]
+    q = tl.load(qkv + q_at, mask=is_kept[:, None], other=0)
+    bias += (head.to(tl.int64) * tokens + query)[:, None] * bias_stride
+    if HAS_PADDING and HAS_PAD_QKV:
+        pad_k = tl.load(pad_qkv + channels + channel)[None, :]
+        pad_v = tl.load(pad_qkv + 2 * channels + channel)[None, :]
+    if HAS_MASK:
+        is_mixed = tl.load(mixed + window) != 0
+        query_region = tl.load(region + query, mask=is_query, other=0)
+
+    highest = tl.full((BLOCK_QUERIES,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_QUERIES,), dtype=tl.float32)
+    result = tl.zeros((BLOCK_QUERIES, HEAD_WIDTH), dtype=tl.float32)
+    for start in range(0, tokens, BLOCK_KEYS):
+        key = start + tl.arange(0, BLOCK_KEYS)
+        is_key = key < tokens
+        key_token = tl.load(source + key, mask=is_key, other=-1)
+        k_at = key_token.to(tl.int64)[:, None] * (3 * channels) + channels + channel[None, :]
+        is_token = (key_token >= 0)[:, None]
+        k = tl.load(qkv + k_at, mask=is_token, other=0)
+        v = tl.load(qkv + k_at + channels, mask=is_token, other=0)
+        if HAS_PADDING and HAS_PAD_QKV:
+            k = tl.where(is_token, k, pad_k)
+            v = tl.where(is_token, v, pad_v)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+        scores += tl.load(bias + key[None, :], mask=is_query[:, None] & is_key[None, :], other=0)
+        # Nested: without a mask the inner condition would not be there to compile.
+        if HAS_MASK:  # noqa: SIM102
+            if is_mixed:
+                key_region = tl.load(region + key, mask=is_key, other=0)
+                differs = query_region[:, None] != key_region[None, :]
+                scores += tl.where(differs, MASKED * LOG2_E, 0.0)
+        # What lies beyond the window is no key; its first tile always has one.
+        scores = tl.where(is_key[None, :], scores, float("-inf"))
+
+        before = highest
+        highest = tl.maximum(before, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - highest[:, None])
+        fading = tl.exp2(before - highest)
+        total = total * fading + tl.sum(weights, axis=1)
+        result *= fading[:, None]
+        result += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+
+    result = result / total[:, None]
+    out_at = (clip * num_grid + token)[:, None] * channels + channel[None, :]
+    tl.store(out + out_at, result.to(out.dtype.element_ty), mask=is_kept[:, None])
+    row = (clip * num_heads + head) * num_grid + token
+    tl.store(log_sum_exp + row, (highest + tl.log2(total)) * LN_2, mask=is_kept)
+
+
+def launch_window_attention(
+    out: Tensor,
+    log_sum_exp: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor,
+    pad_qkv: Tensor | None,
+    num_heads: int,
+    scale: float,
+    vectors: WindowVectors,
+) -> None:
+    clips, head_width, tokens = len(qkv), out.shape[-1] // num_heads, vectors.tokens_per_window
+    bias, bias_stride = expand_bias(bias_table, vectors)
+    chosen = configuration(architecture(qkv), qkv.dtype, tokens, head_width)
+    windows = clips * vectors.num_windows
+    grid = (num_heads * windows * triton.cdiv(tokens, chosen.block_queries),)
+    launch(
+        attention_forward_kernel,
+        grid,
+        qkv,
+        pad_qkv,
+        bias,
+        vectors.source,
+        vectors.region,
+        vectors.mixed,
+        out,
+        log_sum_exp,
+        len(vectors.target),
+        vectors.num_windows,
+        tokens,
+        bias_stride,
+        num_heads,
+        windows,
+        scale,
+        HAS_PADDING=vectors.has_padding,
+        HAS_PAD_QKV=pad_qkv is not None,
+        HAS_MASK=vectors.has_mask,
+        PRECISION=dot_precision(),
+        HEAD_WIDTH=head_width,
+        BLOCK_QUERIES=chosen.block_queries,
+        BLOCK_KEYS=chosen.block_keys,
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+    )
+
+
+def expand_bias(bias_table: Tensor, vectors: WindowVectors) -> tuple[Tensor, int]:
+    """float32 [heads, N, stride] in units of log 2, and its stride: N to whole 64 bytes."""
+    tokens, num_heads = vectors.tokens_per_window, bias_table.shape[1]
+    stride = triton.cdiv(tokens, 16) * 16
+    shape = (num_heads, tokens, stride)
+    bias = torch.empty(shape, dtype=torch.float32, device=bias_table.device)
+    block = min(1024, triton.next_power_of_2(tokens))
+    launch(
+        expand_bias_kernel,
+        (tokens, num_heads, triton.cdiv(tokens, block)),
+        bias_table,
+        vectors.code,
+        bias,
+        vectors.offset,
+        tokens,
+        stride,
+        num_heads,
+        BLOCK=block,
+    )
+    return bias, stride
+
+
+def launch_window_attention_backward(*arguments: Tensor) -> None:
+    raise RuntimeError(
+        "window_attention: the Triton attention has no backward yet; use kernels='reference'"
+    )
