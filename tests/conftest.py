@@ -1,4 +1,8 @@
-"""Conditions every test runs under: few threads, a fixed seed, NaN in fresh memory."""
+"""Conditions every test runs under: few threads, a fixed seed, NaN in fresh memory.
+
+On a machine without a GPU, Triton's kernels are interpreted: one process cannot both interpret and
+compile them, and Triton asks for the variable once, when it is imported. A user's setting wins.
+"""
 
 import os
 from collections import Counter
@@ -8,6 +12,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from http_suite import running_server
 
 from model.weights import download
@@ -50,3 +58,34 @@ def server(monkeypatch):
     monkeypatch.setattr(download, "PAUSE", 0)
     with running_server() as server:
         yield server
+
+
+@pytest.fixture
+def far(monkeypatch):
+    """Moves the values of a tensor to where offsets pass 2^31, by a stride along one axis.
+
+    They lie in a virtual allocation of 2^32 elements, of which no other page is touched.
+    """
+    copy = torch.UntypedStorage.copy_
+
+    def copy_others(self, source, *options):
+        # Triton's interpreter copies storages back, those of CPU tensors onto themselves.
+        same = self.data_ptr() == source.data_ptr()
+        return self if same else copy(self, source, *options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "copy_", copy_others)
+
+    def spread(x, axis=0):
+        assert x.shape[axis] == 2
+        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        try:
+            memory = torch.empty(2**32, dtype=x.dtype, device=x.device)
+        except RuntimeError as error:
+            pytest.skip(f"no room for 2^32 elements: {str(error).splitlines()[0]}")
+        finally:
+            monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+        strides = list(x.contiguous().stride())
+        strides[axis] = 2**31 + 2**10
+        return memory.as_strided(x.shape, strides).copy_(x.detach())
+
+    return spread

@@ -1,18 +1,18 @@
-"""What the operators' tests share: kernel sets, inputs, naive judges, budget, refusals, compile.
+"""What the operators' tests share: who runs where, inputs, budget, refusals, compile.
 
-The naive functions are the composition of upstream in plain PyTorch. In float64 they are the
-exact result; in a lower precision their error is the measure of a kernel set's own.
+Each test is asked of every kernel set on every device it runs on (`every`). Inputs are made on the
+CPU; a `Run` moves them to its device and the results back, through which gradients flow, so that
+leaves and judges stay on the CPU.
 """
 
 import contextlib
 import functools
 import re
+from typing import NamedTuple
 
-import loops
 import pytest
 import torch
 import torch._dynamo.testing
-from torch.nn import functional as F
 
 import videoswin_kernels
 
@@ -24,17 +24,66 @@ OPERATORS = (
     "patch_merging",
     "residual_norm",
 )
+MOVEMENT = OPERATORS[:3]
 WORDS = ("auto", "fused", "reference", "triton", "cuda", "cpu")
 NAMED = ("triton", "cuda", "cpu")
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LOW = (torch.float16, torch.bfloat16)
+# What is only moved may be anything.
+MOVED = (*DTYPES, torch.bool, torch.uint8, torch.int16, torch.int64, torch.complex64)
+REFUSAL = r"^{}: kernels='{}' cannot run: .+; use kernels='reference' or kernels='auto'$"
 
 
-def smallest_call(operator, kernels):
+class Run(NamedTuple):
+    """A kernel set on a device."""
+
+    kernels: str
+    device: str
+
+    @property
+    def is_interpreted(self):
+        """Whether kernels run a Python step at a time, and many programs take minutes."""
+        return self == ("triton", "cpu")
+
+    def __call__(self, function, *inputs, **options):
+        """The operator's results on the CPU, computed by the kernel set on the device."""
+        return self.plain(function, *inputs, kernels=self.kernels, **options)
+
+    def plain(self, function, *inputs, **options):
+        """The same for a function that knows no kernel sets."""
+        options = {name: self.put(value) for name, value in options.items()}
+        results = function(*map(self.put, inputs), **options)
+        return tuple(r.cpu() for r in results) if isinstance(results, tuple) else results.cpu()
+
+    def put(self, value):
+        """A tensor on the device; anything else as it is."""
+        return value.to(self.device) if isinstance(value, torch.Tensor) else value
+
+    def leaf(self, value):
+        """The same values on the device, a leaf that requires a gradient as they do."""
+        return self.put(value.detach()).requires_grad_(value.requires_grad)
+
+    def operator(self, name):
+        """The registered operator of the kernel set."""
+        return getattr(getattr(torch.ops, f"videoswin_{self.kernels}"), name).default
+
+    def dtypes(self, operator):
+        """What the operator takes under this kernel set; it refuses the rest."""
+        if operator in MOVEMENT:
+            return MOVED
+        if self.kernels == "triton" and self.is_interpreted:
+            # Triton's interpreter is silently wrong in bfloat16.
+            return (torch.float32, torch.float16)
+        return DTYPES[1:] if self.kernels in ("triton", "cuda") else DTYPES
+
+
+def smallest_call(operator, kernels, device="cpu", dtype=torch.float32, grad=False):
     """Runs the operator on one token."""
-    x = torch.ones(1, 1, 1, 1, 32)
-    one = {"window": (1, 1, 1), "kernels": kernels}
     function = getattr(videoswin_kernels, operator)
+    ones = functools.partial(torch.ones, dtype=dtype, device=device)
+    x = ones(1, 1, 1, 1, 32, requires_grad=grad)
+    one = {"window": (1, 1, 1), "kernels": kernels}
     if operator == "cyclic_shift":
         return function(x, (0, 0, 0), kernels=kernels)
     if operator == "window_partition":
@@ -42,34 +91,91 @@ def smallest_call(operator, kernels):
     if operator == "window_reverse":
         return function(x.view(1, 1, 32), grid=(1, 1, 1), **one)
     if operator == "window_attention":
-        return function(torch.ones(1, 1, 1, 1, 96), torch.zeros(1, 1), num_heads=1, **one)
+        qkv = ones(1, 1, 1, 1, 96, requires_grad=grad)
+        return function(qkv, ones(1, 1), num_heads=1, **one)
     if operator == "patch_merging":
-        return function(x, torch.ones(128), torch.zeros(128), kernels=kernels)
-    return function(x, x, torch.ones(32), torch.zeros(32), kernels=kernels)
+        return function(x, ones(128), ones(128), kernels=kernels)
+    return function(x, x, ones(32), ones(32), kernels=kernels)
 
 
 @functools.cache
-def reason_against(operator, word):
+def reason_against(operator, word, device="cpu"):
     """The sentence with which the operator refuses a kernel set here, or None if it runs.
 
-    The reference is not asked: when it breaks, its tests shall fail, not skip.
+    The reference is not asked: when it breaks, its tests shall fail, not skip. Nor is any other
+    error a refusal: a set that breaks shall fail its tests, too.
     """
     if word == "reference":
         return None
     try:
-        smallest_call(operator, word)
-    except (RuntimeError, ValueError) as error:
-        return str(error)
+        smallest_call(operator, word, device)
+    except Exception as error:
+        if re.search(REFUSAL.format(operator, word), str(error)):
+            return str(error)
     return None
 
 
-def kernel_sets(operator):
-    """The kernel sets that run here, to ask every question of each.
+@functools.cache
+def runs(operator):
+    """Every kernel set on every device it runs on.
 
     The others are skipped once per operator, with their reason, in test_selection.py: one line
     to read in place of one for every question.
     """
-    return [word for word in ("reference", *NAMED) if reason_against(operator, word) is None]
+    words = ("reference", *NAMED)
+    return [
+        Run(word, device)
+        for word in words
+        for device in DEVICES
+        if reason_against(operator, word, device) is None
+    ]
+
+
+def kernel_sets(operator):
+    """The kernel sets that run on CPU tensors."""
+    return [run.kernels for run in runs(operator) if run.device == "cpu"]
+
+
+def every(operator, dtypes=None, *, compiled=False, device=None):
+    """Asks a test of every run, as `run`, and of those dtypes that it takes, as `dtype`.
+
+    `compiled` leaves the reference out, `device` all other devices.
+    """
+    chosen = [
+        run
+        for run in runs(operator)
+        if not (compiled and run.kernels == "reference") and device in (None, run.device)
+    ]
+    where = f" on {device}" if device else ""
+    absent = pytest.mark.skip(f"no {'compiled ' * compiled}kernel set runs here{where}")
+    if dtypes is None:
+        nobody = [pytest.param(None, marks=absent, id="nobody")]
+        return pytest.mark.parametrize("run", chosen or nobody, ids=lambda run: "-".join(run))
+    pairs = [(run, dtype) for run in chosen for dtype in dtypes if dtype in run.dtypes(operator)]
+    names = [f"{'-'.join(run)}-{str(dtype).removeprefix('torch.')}" for run, dtype in pairs]
+    if not pairs:
+        pairs, names = [pytest.param(None, None, marks=absent)], ["nobody"]
+    return pytest.mark.parametrize(("run", "dtype"), pairs, ids=names)
+
+
+@functools.cache
+def reason_against_gradients(run):
+    """The sentence with which attention refuses to be differentiated, or None if it does not."""
+    out = smallest_call("window_attention", run.kernels, run.device, grad=True)
+    try:
+        out.sum().backward()
+    except RuntimeError as error:
+        # Any other error is no refusal but a fault, which the tests of gradients shall show.
+        if re.search(r"^window_attention: [^\n]*\bno backward yet\b[^\n]*$", str(error)):
+            return str(error)
+    return None
+
+
+def needs_gradients(run):
+    """Skips a test of attention's gradients where there are none yet."""
+    reason = reason_against_gradients(run)
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def random(*shape, dtype=torch.float64, std=1.0, grad=False):
@@ -77,16 +183,27 @@ def random(*shape, dtype=torch.float64, std=1.0, grad=False):
     return (torch.randn(*shape, dtype=torch.float64) * std).to(dtype).requires_grad_(grad)
 
 
+def anything(*shape, dtype):
+    """Values of any dtype, of both signs and both truths where it has them."""
+    values = torch.randn(*shape, dtype=torch.float64)
+    if dtype == torch.bool:
+        return values > 0
+    if dtype.is_complex:
+        return torch.complex(values, values.flip(-1)).to(dtype)
+    return (values if dtype.is_floating_point else values.mul(30).abs()).to(dtype)
+
+
 def layouts(x):
     """(name, same values in another layout): every stride and offset a caller can bring."""
+    kind = {"dtype": x.dtype, "device": x.device}
     channels_first = x.movedim(-1, 1).contiguous().movedim(1, -1)
-    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), 9.0, dtype=x.dtype)
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), 9.0, dtype=x.dtype, device=x.device)
     wide[..., ::2] = x
-    padded = torch.full((*x.shape[:-1], x.shape[-1] + 3), 9.0, dtype=x.dtype)
+    padded = torch.full((*x.shape[:-1], x.shape[-1] + 3), 9.0, **kind)
     padded[..., 3:] = x
-    batch = torch.full((x.shape[0] + 1, *x.shape[1:]), 9.0, dtype=x.dtype)
+    batch = torch.full((x.shape[0] + 1, *x.shape[1:]), 9.0, **kind)
     batch[1:] = x
-    shifted = torch.full((x.numel() + 1,), 9.0, dtype=x.dtype)
+    shifted = torch.full((x.numel() + 1,), 9.0, **kind)
     shifted[1:] = x.flatten()
     result = {
         "channels first": channels_first,
@@ -150,92 +267,7 @@ def refuses(operator, argument, got, kind=(ValueError, TypeError)):
     assert any(form in said for form in forms), f"{message!r} does not say that it got {got!r}"
 
 
-def naive_partition(x, window, shift, pad=None):
-    """[B, D, H, W, C] -> [B*M, N, C] as upstream: pad, roll, view, permute."""
-    window, shift, padded = loops.clamp(x.shape[1:4], window, shift)
-    far = _far_ends(x.shape[1:4], padded)
-    full = F.pad(x, (0, 0, *far))
-    if pad is not None:
-        inside = F.pad(torch.ones(x.shape[1:4], dtype=torch.bool), far)
-        full = torch.where(inside[..., None], full, pad)
-    full = full.roll([-step for step in shift], (1, 2, 3))
-    (d, h, w), counts = window, [padded[axis] // window[axis] for axis in range(3)]
-    full = full.view(x.shape[0], counts[0], d, counts[1], h, counts[2], w, -1)
-    return full.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(
-        x.shape[0] * counts[0] * counts[1] * counts[2], d * h * w, x.shape[-1]
-    )
-
-
-def naive_reverse(windows, grid, window, shift):
-    """[B*M, N, C] -> [B, D, H, W, C] as upstream: view, permute, roll back, crop."""
-    window, shift, padded = loops.clamp(grid, window, shift)
-    counts = [padded[axis] // window[axis] for axis in range(3)]
-    batch = windows.shape[0] // (counts[0] * counts[1] * counts[2])
-    full = windows.view(batch, *counts, *window, windows.shape[-1])
-    full = full.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(batch, *padded, windows.shape[-1])
-    return full.roll(shift, (1, 2, 3))[:, : grid[0], : grid[1], : grid[2]]
-
-
-def naive_attention(
-    qkv,
-    bias_table,
-    *,
-    window,
-    shift=(0, 0, 0),
-    num_heads,
-    pad_qkv=None,
-    scale=None,
-    masked=-100.0,
-    rows=None,
-    low_bias=False,
-):
-    """Upstream in the dtype of qkv: low-precision products, float32 bias, mask and softmax.
-
-    `masked` and `rows` replace the mask's value and the table rows; `low_bias` adds the bias in
-    the dtype of qkv. They make the wrong results that the tests must tell from the right one.
-    """
-    grid, width = tuple(qkv.shape[1:4]), qkv.shape[-1] // 3 // num_heads
-    tokens = naive_partition(qkv, window, shift, pad_qkv)
-    q, k, v = tokens.unflatten(-1, (3, num_heads, width)).permute(2, 0, 3, 1, 4)
-    q = q * (scale or width**-0.5)
-    scores = q @ k.transpose(-2, -1)
-    if not low_bias and scores.dtype in LOW:
-        scores = scores.float()
-    rows = loops.relative_rows(grid, window) if rows is None else rows
-    bias = bias_table[torch.from_numpy(rows)].permute(2, 0, 1)
-    scores = scores + bias.to(scores.dtype)
-    region = torch.from_numpy(loops.regions(grid, window, shift))
-    mask = torch.where(region[:, :, None] != region[:, None, :], masked, 0.0).to(scores.dtype)
-    scores = scores.view(-1, *mask.shape[:1], *scores.shape[1:]) + mask[:, None]
-    probabilities = scores.flatten(0, 1).softmax(-1).to(v.dtype)
-    result = (probabilities @ v).transpose(1, 2).flatten(2)
-    return naive_reverse(result, grid, window, shift)
-
-
-def naive_merging(x, weight, bias, eps=1e-5):
-    """Upstream: pad to even, concatenate four slices, LayerNorm in the dtype of x."""
-    x = F.pad(x, (0, 0, 0, x.shape[3] % 2, 0, x.shape[2] % 2))
-    slices = [x[:, :, h::2, w::2] for w in (0, 1) for h in (0, 1)]
-    return F.layer_norm(torch.cat(slices, -1), weight.shape, weight, bias, eps)
-
-
-def naive_residual_norm(x, branch, weight, bias, eps=1e-5, branch_scale=None):
-    """Plain sum, rounded once, and LayerNorm of it, in the dtype of x."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    step = branch.to(wide)
-    if branch_scale is not None:
-        step = step * branch_scale.to(wide).view(-1, *[1] * (x.dim() - 1))
-    total = (x.to(wide) + step).to(x.dtype)
-    return total, F.layer_norm(total, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
-
-
-def _far_ends(grid, padded):
-    """F.pad's argument for the three grid axes, last axis first."""
-    missing = [padded[axis] - grid[axis] for axis in range(3)]
-    return 0, missing[2], 0, missing[1], 0, missing[0]
-
-
-def assert_compiles(function, make_inputs, *, exact):
+def assert_compiles(run, function, make_inputs, *, exact, backward=True):
     """The traced function equals eager, outputs and gradients, for changing batch sizes.
 
     At most two graphs: the first is static, the second has the batch size as a symbol.
@@ -244,13 +276,16 @@ def assert_compiles(function, make_inputs, *, exact):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=None)
     for batch in (2, 3, 5):
-        inputs = make_inputs(batch)
+        inputs = [run.leaf(value) for value in make_inputs(batch)]
         results = []
         for call in (function, compiled):
-            outputs = call(*inputs)
+            with torch.set_grad_enabled(backward):
+                outputs = call(*inputs)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            total = sum((output * output.detach().cos()).sum() for output in outputs)
-            results.append((*outputs, *torch.autograd.grad(total, inputs)))
+            if backward:
+                total = sum((output * output.detach().cos()).sum() for output in outputs)
+                outputs = (*outputs, *torch.autograd.grad(total, inputs))
+            results.append(outputs)
         for eager, traced in zip(*results, strict=True):
             tolerance = 0.0 if exact else 1e-5
             torch.testing.assert_close(traced, eager, rtol=tolerance, atol=tolerance)

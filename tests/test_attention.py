@@ -1,46 +1,53 @@
-"""window_attention: the seven questions, autocast and the refusals."""
+"""window_attention: the seven questions and autocast."""
 
 import loops
-import numpy as np
 import operator_suite as suite
+import plain
 import pytest
 import torch
 
 from videoswin_kernels import window_attention
+from videoswin_kernels.testing import ATTENTION as CASES
+from videoswin_kernels.testing import HEAD_WIDTHS, Case
 
-KERNELS = pytest.mark.parametrize("kernels", suite.kernel_sets("window_attention"))
-CASES = {
-    "exact": ((4, 6, 6), (2, 3, 3), (1, 1, 1)),
-    "unshifted": ((4, 6, 6), (2, 3, 3), (0, 0, 0)),
-    "padded": ((5, 4, 7), (2, 3, 3), (1, 1, 1)),
-    "padded, one axis shifted": ((3, 5, 4), (2, 3, 3), (0, 2, 0)),
-    "D clamped": ((2, 4, 5), (4, 3, 2), (2, 1, 1)),
-    "H and W clamped": ((5, 2, 3), (2, 3, 4), (1, 1, 2)),
-    "all clamped": ((2, 2, 2), (2, 3, 3), (1, 1, 1)),
-    "one token": ((1, 1, 1), (2, 3, 3), (1, 1, 1)),
-    "one token a window": ((3, 2, 4), (1, 1, 1), (0, 0, 0)),
-}
+EVERY = suite.every("window_attention")
 CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 PADDED = CASES["padded"]
+SMALL = CASES["padded, one axis shifted"]
+REFERENCE = suite.Run("reference", "cpu")
 CLAMPED = CASES["H and W clamped"]
-HEADS, WIDTH = 2, 8
+HEADS, WIDTH = 2, 16
 
 
-def make(case, batch=2, dtype=torch.float64, table_dtype=torch.float32, grad=False, std=1.0):
+def make(
+    case, batch=2, dtype=torch.float64, table_dtype=torch.float32, grad=False, std=1.0, width=WIDTH
+):
     """(qkv, bias_table, pad_qkv) of the case, leaves if they shall have gradients."""
-    grid, window, _ = case
     if dtype == torch.float64:
         table_dtype = torch.float64
-    qkv = suite.random(batch, *grid, 3 * HEADS * WIDTH, dtype=dtype, grad=grad)
-    table = suite.random(loops.table_rows(window), HEADS, dtype=table_dtype, std=std, grad=grad)
-    return qkv, table, suite.random(3 * HEADS * WIDTH, dtype=dtype, grad=grad)
+    qkv = suite.random(batch, *case.grid, 3 * HEADS * width, dtype=dtype, grad=grad)
+    rows = loops.table_rows(case.window)
+    table = suite.random(rows, HEADS, dtype=table_dtype, std=std, grad=grad)
+    return qkv, table, suite.random(3 * HEADS * width, dtype=dtype, grad=grad)
 
 
-def attend(inputs, case, function=window_attention, **options):
-    """The operator, or the naive function, on (qkv, bias_table, pad_qkv)."""
-    qkv, table, pad = inputs
-    options = {"num_heads": HEADS, "window": case[1], "shift": case[2], "pad_qkv": pad} | options
-    return function(qkv, table, **options)
+def _options(inputs, case, options):
+    return {"num_heads": HEADS, "window": case[1], "shift": case[2], "pad_qkv": inputs[2]} | options
+
+
+def attend(run, inputs, case, **options):
+    """The operator on (qkv, bias_table, pad_qkv)."""
+    return run(window_attention, *inputs[:2], **_options(inputs, case, options))
+
+
+def naive(run, inputs, case, **options):
+    """The naive composition on the same device."""
+    return run.plain(plain.attention, *inputs[:2], **_options(inputs, case, options))
+
+
+def exactly(leaves, case, **options):
+    """The naive composition, for float64 leaves."""
+    return plain.attention(*leaves[:2], **_options(leaves, case, options))
 
 
 def judged(inputs, case, **options):
@@ -49,24 +56,31 @@ def judged(inputs, case, **options):
     return loops.window_attention(qkv, table, case[1], case[2], HEADS, pad, **options)
 
 
-@KERNELS
-@pytest.mark.parametrize("dtype", suite.DTYPES)
+@suite.every("window_attention", suite.DTYPES)
 @CASE
-def test_forward(case, dtype, kernels):
+def test_forward(case, run, dtype):
     inputs = make(case, dtype=dtype)
-    result = attend(inputs, case, kernels=kernels)
+    result = attend(run, inputs, case)
     assert result.is_contiguous()
     exact = judged(inputs, case)
     if dtype == torch.float64:
         suite.assert_near_loops(result, exact)
-    naive = attend(inputs, case, suite.naive_attention)
-    suite.assert_budget(result, torch.from_numpy(exact), naive, dtype)
+    suite.assert_budget(result, torch.from_numpy(exact), naive(run, inputs, case), dtype)
 
 
-@KERNELS
+@suite.every("window_attention", suite.DTYPES)
+@pytest.mark.parametrize("has_pad", [True, False])
+@pytest.mark.parametrize("width", HEAD_WIDTHS)
+def test_every_head_width_and_a_batch_of_three(width, has_pad, run, dtype):
+    qkv, table, pad = make(SMALL, batch=3, dtype=dtype, width=width)
+    inputs = qkv, table, pad if has_pad else None
+    exact = exactly([v if v is None else v.double() for v in inputs], SMALL)
+    suite.assert_budget(attend(run, inputs, SMALL), exact, naive(run, inputs, SMALL), dtype)
+
+
 @CASE
-def test_torchvision_computes_the_same(case, kernels):
-    """A second judge beside the loops, that shares no line with them."""
+def test_torchvision_computes_the_same(case):
+    """A second judge of the reference beside the loops, that shares no line with them."""
     swin = pytest.importorskip("torchvision.models.video.swin_transformer")
     grid, window, shift = case
     theirs = swin.ShiftedWindowAttention3d(HEADS * WIDTH, [*window], [*shift], HEADS).eval()
@@ -78,95 +92,139 @@ def test_torchvision_computes_the_same(case, kernels):
     x = suite.random(2, *grid, HEADS * WIDTH, dtype=torch.float32)
     with torch.no_grad():
         inputs = theirs.qkv(x), table, theirs.qkv.bias
-        torch.testing.assert_close(attend(inputs, case, kernels=kernels), theirs(x))
+        torch.testing.assert_close(attend(REFERENCE, inputs, case), theirs(x))
 
 
-@KERNELS
-@pytest.mark.parametrize("dtype", suite.LOW)
+@suite.every("window_attention", suite.LOW)
 @pytest.mark.parametrize("case", [PADDED, CLAMPED])
-def test_a_bias_table_in_the_dtype_of_qkv(case, dtype, kernels):
-    inputs = make(case, dtype=dtype, table_dtype=dtype, grad=True)
-    result = attend(inputs, case, kernels=kernels)
-    naive = attend(inputs, case, suite.naive_attention)
-    suite.assert_budget(result, torch.from_numpy(judged(inputs, case)), naive, dtype)
-    grads = suite.gradients(result, inputs, torch.ones_like(result))
-    assert [g.dtype for g in grads] == [dtype] * 3
+def test_a_bias_table_in_the_dtype_of_qkv(case, run, dtype):
+    inputs = make(case, dtype=dtype, table_dtype=dtype)
+    exact = torch.from_numpy(judged(inputs, case))
+    suite.assert_budget(attend(run, inputs, case), exact, naive(run, inputs, case), dtype)
 
 
-@KERNELS
-@pytest.mark.parametrize("dtype", suite.DTYPES)
+@suite.every("window_attention", suite.LOW)
+def test_gradients_are_in_the_dtypes_of_what_they_are_of(run, dtype):
+    suite.needs_gradients(run)
+    for table_dtype in (dtype, torch.float32):
+        inputs = make(PADDED, dtype=dtype, table_dtype=table_dtype, grad=True)
+        result = attend(run, inputs, PADDED)
+        grads = suite.gradients(result, inputs, torch.ones_like(result))
+        assert [g.dtype for g in grads] == [dtype, table_dtype, dtype]
+
+
+@suite.every("window_attention", suite.DTYPES)
 @CASE
-def test_gradients(case, dtype, kernels):
+def test_gradients(case, run, dtype):
+    suite.needs_gradients(run)
     inputs = make(case, dtype=dtype, grad=True)
     leaves = [suite.exact_leaf(value) for value in inputs]
-    weight = suite.random(2, *case[0], HEADS * WIDTH, dtype=dtype)
-    got = suite.gradients(attend(inputs, case, kernels=kernels), inputs, weight)
-    naive = suite.gradients(attend(inputs, case, suite.naive_attention), inputs, weight)
-    exact = suite.gradients(attend(leaves, case, suite.naive_attention), leaves, weight)
+    weight = suite.random(2, *case.grid, HEADS * WIDTH, dtype=dtype)
+    got = suite.gradients(attend(run, inputs, case), inputs, weight)
+    own = suite.gradients(naive(run, inputs, case), inputs, weight)
+    exact = suite.gradients(exactly(leaves, case), leaves, weight)
     for index, value in enumerate(inputs):
         if dtype == torch.float64:
             torch.testing.assert_close(got[index], exact[index], rtol=1e-11, atol=1e-11)
-        suite.assert_budget(got[index], exact[index], naive[index], value.dtype)
+        suite.assert_budget(got[index], exact[index], own[index], value.dtype)
+
+
+@suite.every("window_attention", [torch.float32, torch.float16])
+@pytest.mark.parametrize("width", HEAD_WIDTHS)
+def test_gradients_of_every_head_width_without_pad_qkv(width, run, dtype):
+    suite.needs_gradients(run)
+    inputs = (*make(SMALL, batch=3, dtype=dtype, width=width, grad=True)[:2], None)
+    leaves = [suite.exact_leaf(value) for value in inputs]
+    weight = suite.random(3, *SMALL.grid, HEADS * width, dtype=dtype)
+    got = suite.gradients(attend(run, inputs, SMALL), inputs[:2], weight)
+    own = suite.gradients(naive(run, inputs, SMALL), inputs[:2], weight)
+    exact = suite.gradients(exactly(leaves, SMALL), leaves[:2], weight)
+    for value, *parts in zip(inputs[:2], got, exact, own, strict=True):
+        suite.assert_budget(*parts, value.dtype)
 
 
 @pytest.mark.parametrize(
     "case", [((2, 3, 2), (1, 2, 2), (0, 1, 1)), ((2, 1, 2), (2, 2, 2), (0,) * 3)]
 )
 def test_gradcheck(case):
-    inputs = [value.detach() for value in make(case, batch=1)]
+    inputs = [value.detach() for value in make(Case(*case), batch=1)]
     small = [inputs[0][..., :6].clone(), inputs[1][:, :1].clone(), inputs[2][:6].clone()]
     for value in small:
         value.requires_grad_()
-    assert torch.autograd.gradcheck(lambda *leaves: attend(leaves, case, num_heads=1), small)
+
+    def attention(qkv, table, pad):
+        options = {"window": case[1], "shift": case[2], "num_heads": 1, "pad_qkv": pad}
+        return window_attention(qkv, table, kernels="reference", **options)
+
+    assert torch.autograd.gradcheck(attention, small)
 
 
-@KERNELS
+@EVERY
 @pytest.mark.trap(32)
-def test_every_layout(kernels):
-    inputs = make(PADDED, dtype=torch.float32)
-    exact = torch.from_numpy(judged(inputs, PADDED))
-    naive = attend(inputs, PADDED, suite.naive_attention)
-    for view in suite.layouts(inputs[0]).values():
-        result = attend((view, *inputs[1:]), PADDED, kernels=kernels)
-        assert result.is_contiguous()
-        suite.assert_budget(result, exact, naive)
-    table = inputs[1].t().contiguous().t()
-    pad = torch.stack([inputs[2], inputs[2]], -1)[:, 1]
-    suite.assert_budget(attend((inputs[0], table, pad), PADDED, kernels=kernels), exact, naive)
+def test_every_layout(run):
+    inputs = make(SMALL, dtype=torch.float32)
+    exact = torch.from_numpy(judged(inputs, SMALL))
+    own = naive(run, inputs, SMALL)
+    qkv, table, pad = map(run.put, inputs)
+    table, pad = table.t().contiguous().t(), torch.stack([pad, pad], -1)[:, 1]
+    for name, view in suite.layouts(qkv).items():
+        result = attend(run, (view, table, pad), SMALL)
+        assert result.is_contiguous(), name
+        suite.assert_budget(result, exact, own)
 
 
-@KERNELS
+@EVERY
 @pytest.mark.trap(32)
-def test_gradients_of_a_channels_first_stage(kernels):
-    clip = suite.random(2, 3 * HEADS * WIDTH, *PADDED[0], dtype=torch.float32, grad=True)
-    _, table, pad = make(PADDED, dtype=torch.float32)
-    weight = suite.random(2, HEADS * WIDTH, *PADDED[0], dtype=torch.float32)
-    grads = []
-    for function, options in (
-        (window_attention, {"kernels": kernels}),
-        (suite.naive_attention, {}),
-    ):
-        result = attend((clip.movedim(1, -1), table, pad), PADDED, function, **options)
-        grads += suite.gradients(result.movedim(-1, 1), [clip], weight)
-    torch.testing.assert_close(*grads)
+def test_an_expanded_input(run):
+    inputs = make(SMALL, dtype=torch.float32)
+    qkv = run.put(inputs[0])[:1, :, :1, :, :1].expand(2, *SMALL.grid, 3 * HEADS * WIDTH)
+    result = attend(run, (qkv, *inputs[1:]), SMALL)
+    assert torch.equal(result, attend(run, (qkv.contiguous(), *inputs[1:]), SMALL))
 
 
-@KERNELS
+@EVERY
+@pytest.mark.trap(32)
+def test_gradients_of_every_layout(run):
+    suite.needs_gradients(run)
+    inputs = make(SMALL, dtype=torch.float32, grad=True)
+    qkv, table, pad = map(run.leaf, inputs)
+    up = suite.random(2, *SMALL.grid, HEADS * WIDTH, dtype=torch.float32)
+    expected = suite.gradients(naive(run, inputs, SMALL), inputs, up)
+    views = suite.layouts(qkv.detach()).values()
+    for view, grad in zip(views, suite.layouts(run.put(up)).values(), strict=True):
+        view = view.detach().requires_grad_()
+        options = _options((view, table, pad), SMALL, {"kernels": run.kernels})
+        result = window_attention(view, table, **options)
+        got = torch.autograd.grad(result, [view, table, pad], grad)
+        for value, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(value.cpu(), other, rtol=1e-4, atol=1e-5)
+    # What `sum` sends back: one number, with strides of 0.
+    result = attend(run, inputs, SMALL)
+    got = torch.autograd.grad(result.sum(), inputs, retain_graph=True)
+    expected = torch.autograd.grad(result, inputs, torch.ones_like(result))
+    assert all(map(torch.equal, got, expected))
+
+
+@EVERY
 @pytest.mark.parametrize("case", [PADDED, CLAMPED])
-def test_empty_batch(case, kernels):
+def test_empty_batch(case, run):
     inputs = make(case, batch=0, dtype=torch.float32, grad=True)
-    result = attend(inputs, case, kernels=kernels)
-    assert result.shape == (0, *case[0], HEADS * WIDTH)
+    result = attend(run, inputs, case)
+    assert result.shape == (0, *case.grid, HEADS * WIDTH)
+    suite.needs_gradients(run)
     for value, grad in zip(inputs, torch.autograd.grad(result.sum(), inputs), strict=True):
         assert torch.equal(grad, torch.zeros_like(value))
 
 
-@KERNELS
-def test_more_than_65535_windows_of_one_token(kernels):
+@EVERY
+def test_more_than_65535_windows_of_one_token(run):
+    if run.is_interpreted:
+        pytest.skip("65,792 programs take minutes in Triton's interpreter")
     qkv = suite.random(1, 1, 257, 256, 48, dtype=torch.float32, grad=True)
     table = torch.ones(1, 1, requires_grad=True)
-    result = window_attention(qkv, table, window=(1, 1, 1), num_heads=1, kernels=kernels)
+    result = run(window_attention, qkv, table, window=(1, 1, 1), num_heads=1)
     assert torch.equal(result, qkv[..., 32:])
+    suite.needs_gradients(run)
     weight = suite.random(*result.shape, dtype=torch.float32)
     grad_qkv, grad_table = suite.gradients(result, [qkv, table], weight)
     assert torch.equal(grad_qkv[..., 32:], weight)
@@ -175,142 +233,86 @@ def test_more_than_65535_windows_of_one_token(kernels):
     assert not grad_table.any()
 
 
-@KERNELS
-@pytest.mark.parametrize("dtype", suite.LOW)
-def test_autocast_is_eager_autocast(dtype, kernels):
+@EVERY
+@pytest.mark.parametrize("axis", [0, 2])
+def test_offsets_beyond_2_31(axis, run, far):
+    case = Case((3, 2, 3), (2, 2, 3), (1, 0, 0))
+    qkv, table, pad = make(case, dtype=torch.float16)
+    spread = far(run.put(qkv), axis)
+    near, result = (attend(run, (x, table, pad), case) for x in (qkv, spread))
+    assert torch.equal(result, near)
+
+
+@suite.every("window_attention", suite.LOW)
+def test_autocast_is_eager_autocast(run, dtype):
     inputs = make(PADDED, dtype=torch.float32, grad=True)
     leaves = [suite.exact_leaf(value) for value in inputs]
-    weight = suite.random(2, *PADDED[0], HEADS * WIDTH, dtype=torch.float32)
-    with torch.autocast("cpu", dtype):
-        result = attend(inputs, PADDED, kernels=kernels)
+    with torch.autocast(run.device, dtype):
+        result = attend(run, inputs, PADDED)
         # In eager code the projection under autocast has given qkv in the low precision.
         low = (inputs[0].to(dtype), inputs[1], inputs[2].to(dtype))
-        eager = attend(low, PADDED, suite.naive_attention)
-    exact = attend(leaves, PADDED, suite.naive_attention)
+        eager = naive(run, low, PADDED)
+    exact = exactly(leaves, PADDED)
     suite.assert_budget(result, exact, eager, dtype)
+    suite.needs_gradients(run)
+    weight = suite.random(2, *PADDED.grid, HEADS * WIDTH, dtype=torch.float32)
     got = suite.gradients(result, inputs, weight)
-    naive = suite.gradients(eager, inputs, weight)
-    for parts in zip(got, suite.gradients(exact, leaves, weight), naive, strict=True):
+    own = suite.gradients(eager, inputs, weight)
+    for parts in zip(got, suite.gradients(exact, leaves, weight), own, strict=True):
         suite.assert_budget(*parts, torch.float32)
 
 
-@KERNELS
-def test_autocast_keeps_the_bias_table_and_float64(kernels):
-    # Two keys whose biases bfloat16 cannot tell apart: a rounded table gives equal weights.
-    qkv = torch.zeros(1, 1, 1, 2, 12)
-    qkv[0, 0, 0, :, 8:] = torch.tensor([0.0, 1.0])[:, None]
-    table = torch.tensor([[16.05], [16.0], [16.0]])
-    with torch.autocast("cpu", torch.bfloat16):
-        result = window_attention(qkv, table, window=(1, 1, 2), num_heads=1, kernels=kernels)
-        wide = window_attention(qkv.double(), table.double(), window=(1, 1, 2), num_heads=1)
-    assert result.dtype == torch.bfloat16
-    # Query 0 reads key 1 by row 0, and sigmoid(0.05) is 0.512; query 1 has equal biases.
-    assert result[0, 0, 0, 0, 0].item() > 0.51
+@suite.every("window_attention", suite.LOW)
+def test_autocast_keeps_the_bias_table(run, dtype):
+    # Two keys whose biases no low precision can tell apart: a rounded table gives equal weights.
+    qkv = torch.zeros(1, 1, 1, 2, 48)
+    qkv[0, 0, 0, :, 32:] = torch.tensor([0.0, 1.0])[:, None]
+    table = torch.tensor([[1024.25], [1024.0], [1024.0]])
+    with torch.autocast(run.device, dtype):
+        result = run(window_attention, qkv, table, window=(1, 1, 2), num_heads=1)
+    assert result.dtype == dtype
+    # Query 0 reads key 1 by row 0, and sigmoid(0.25) is 0.562; query 1 has equal biases.
+    assert result[0, 0, 0, 0, 0].item() == pytest.approx(0.562, abs=0.005)
     assert result[0, 0, 0, 1, 0] == 0.5
-    assert wide.dtype == torch.float64
 
 
-@KERNELS
-def test_autocast_casts_another_low_precision(kernels):
+@suite.every("window_attention", [torch.float64])
+def test_autocast_keeps_float64(run, dtype):
+    with torch.autocast(run.device, torch.bfloat16):
+        assert attend(run, make(PADDED, dtype=dtype), PADDED).dtype == dtype
+
+
+@EVERY
+def test_autocast_casts_another_low_precision(run):
     inputs = make(PADDED, dtype=torch.bfloat16)
-    with torch.autocast("cpu", torch.float16):
-        assert attend(inputs, PADDED, kernels=kernels).dtype == torch.float16
+    with torch.autocast(run.device, torch.float16):
+        assert attend(run, inputs, PADDED).dtype == torch.float16
 
 
-@KERNELS
-@pytest.mark.parametrize("case", [PADDED, CASES["all clamped"]])
-def test_compiles_to_one_graph_for_all_batch_sizes(case, kernels):
+@EVERY
+@pytest.mark.parametrize("case", [CASES["padded, unshifted"], CASES["all clamped"]])
+def test_compiles_to_one_graph_for_all_batch_sizes(case, run):
     _, table, pad = make(case, dtype=torch.float32, grad=True)
+    options = {"window": case.window, "shift": case.shift, "num_heads": HEADS}
     suite.assert_compiles(
-        lambda *inputs: attend(inputs, case, kernels=kernels),
+        run,
+        lambda qkv, table, pad: window_attention(
+            qkv, table, pad_qkv=pad, kernels=run.kernels, **options
+        ),
         lambda batch: [make(case, batch, dtype=torch.float32, grad=True)[0], table, pad],
         exact=False,
+        backward=suite.reason_against_gradients(run) is None,
     )
 
 
-@KERNELS
-def test_scale_of_none_and_zero_is_the_inverse_root_of_the_head_width(kernels):
-    inputs = make(PADDED, dtype=torch.float32)
-    default = attend(inputs, PADDED, kernels=kernels)
+@EVERY
+def test_scale_of_none_and_zero_is_the_inverse_root_of_the_head_width(run):
+    case = CASES["padded, unshifted"]
+    inputs = make(case, batch=1, dtype=torch.float32)
+    default = attend(run, inputs, case)
     for scale in (None, 0, 0.0, WIDTH**-0.5):
-        assert torch.equal(attend(inputs, PADDED, scale=scale, kernels=kernels), default)
-    exact = torch.from_numpy(judged(inputs, PADDED, scale=0.7))
-    naive = attend(inputs, PADDED, suite.naive_attention, scale=0.7)
-    suite.assert_budget(attend(inputs, PADDED, scale=0.7, kernels=kernels), exact, naive)
+        assert torch.equal(attend(run, inputs, case, scale=scale), default)
+    exact = torch.from_numpy(judged(inputs, case, scale=0.7))
+    own = naive(run, inputs, case, scale=0.7)
+    suite.assert_budget(attend(run, inputs, case, scale=0.7), exact, own)
     assert (exact - default).abs().max() > 0.1
-
-
-def test_dropout_drops_probabilities_and_scales_the_others():
-    qkv = torch.zeros(2, 4, 6, 6, 3 * 16)
-    qkv[..., 32:] = 1
-    qkv.requires_grad_()
-    table, options = torch.zeros(75, 2), {"window": (2, 3, 3), "num_heads": 2}
-    torch.manual_seed(1)
-    first = window_attention(qkv, table, dropout=0.25, **options)
-    second = window_attention(qkv, table, dropout=0.25, **options)
-    torch.manual_seed(1)
-    assert torch.equal(window_attention(qkv, table, dropout=0.25, **options), first)
-    assert not torch.equal(first, second)
-    # Uniform weights: what a query receives is the number of keys it kept / N / keep.
-    kept = first * 18 * 0.75
-    torch.testing.assert_close(kept, kept.round(), atol=1e-3, rtol=0)
-    assert first.mean().item() == pytest.approx(1, abs=0.05)
-    # The same draw in the backward: all the weight given out by queries arrives at values.
-    (grad_qkv,) = torch.autograd.grad(first.sum(), qkv)
-    torch.testing.assert_close(grad_qkv[..., 32:].sum(), first.sum().detach())
-    without = window_attention(qkv, table, dropout=0.0, **options)
-    torch.testing.assert_close(without, torch.ones_like(without))
-
-
-@pytest.mark.parametrize(
-    ("argument", "value", "said"),
-    [
-        ("qkv", torch.zeros(4, 6, 6, 24), (4, 6, 6, 24)),
-        ("qkv", torch.zeros(1, 4, 6, 6, 24, dtype=torch.int64), torch.int64),
-        ("qkv", None, "NoneType"),
-        ("qkv|num_heads", torch.zeros(1, 4, 6, 6, 26), 26),
-        ("qkv|num_heads", torch.zeros(1, 4, 6, 6, 9), 9),
-        ("num_heads", 0, 0),
-        ("num_heads", -2, -2),
-        ("num_heads", 2.0, 2.0),
-        ("num_heads", True, True),
-        ("num_heads", None, None),
-        ("bias_table", torch.zeros(25, 2), (25, 2)),
-        ("bias_table", torch.zeros(75, 4), (75, 4)),
-        ("bias_table", torch.zeros(75), (75,)),
-        ("bias_table", torch.zeros(75, 2, dtype=torch.float64), torch.float64),
-        ("bias_table", torch.zeros(75, 2, dtype=torch.bfloat16), torch.bfloat16),
-        ("bias_table", torch.zeros(75, 2, device="meta"), "meta"),
-        ("bias_table", None, "NoneType"),
-        ("pad_qkv", torch.zeros(8), (8,)),
-        ("pad_qkv", torch.zeros(1, 24), (1, 24)),
-        ("pad_qkv", torch.zeros(24, device="meta"), "meta"),
-        ("pad_qkv", 0.0, "float"),
-        ("scale", "large", "large"),
-        ("dropout", -0.1, -0.1),
-        ("dropout", 1.5, 1.5),
-        ("dropout", "half", "half"),
-        ("window", (2, 3), (2, 3)),
-        ("window", (2, 0, 3), (2, 0, 3)),
-        ("window", (2, 3.0, 3), (2, 3.0, 3)),
-        ("window", 3, 3),
-        ("shift", (1, 1), (1, 1)),
-        ("shift", (-1, 1, 1), (-1, 1, 1)),
-        ("shift", (1, 3, 1), (1, 3, 1)),
-        ("shift", (1, True, 1), (1, True, 1)),
-        ("kernels", "flash", "flash"),
-    ],
-)
-def test_refusals(argument, value, said):
-    arguments = {"qkv": torch.zeros(1, 4, 6, 6, 24), "bias_table": torch.zeros(75, 2)}
-    arguments |= {"window": (2, 3, 3), "shift": (1, 1, 1), "num_heads": 2}
-    with suite.refuses("window_attention", argument, said):
-        window_attention(**{**arguments, argument.partition("|")[0]: value})
-
-
-def test_numbers_may_be_those_of_numpy():
-    qkv, table = torch.randn(1, 2, 3, 3, 12), torch.randn(27, 2)
-    plain = window_attention(qkv, table, window=(2, 2, 2), num_heads=2, scale=0.5)
-    scalars = {"num_heads": np.int64(2), "scale": np.float32(0.5), "dropout": np.float64(0)}
-    window = np.array([2, 2, 2])
-    assert torch.equal(window_attention(qkv, table, window=window, **scalars), plain)

@@ -2,13 +2,14 @@
 
 import loops
 import operator_suite as suite
+import plain
 import pytest
 import torch
 
 from videoswin_kernels import residual_norm
+from videoswin_kernels.testing import NORM as SHAPES
 
-KERNELS = pytest.mark.parametrize("kernels", suite.kernel_sets("residual_norm"))
-SHAPES = [(2, 3, 5, 4, 7), (3, 1, 1, 1, 8), (1, 2, 3, 1, 96), (4, 1, 5, 1, 6)]
+EVERY = suite.every("residual_norm")
 SHAPE = SHAPES[0]
 # Masks over the probability of keeping, as stochastic depth brings them: powers of two.
 SCALES = {1: [2.0], 2: [2.0, 0.0], 3: [0.0, 1.0, 4.0], 4: [1.0, 0.0, 2.0, 0.5], 5: [2.0] * 5}
@@ -41,16 +42,15 @@ def normed(total, weight, bias):
     return torch.nn.functional.layer_norm(total.detach().double(), weight.shape, *leaves)
 
 
-@KERNELS
+@suite.every("residual_norm", suite.DTYPES)
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("dtype", suite.DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward(shape, dtype, scaled, kernels):
+def test_forward(shape, scaled, run, dtype):
     inputs = make(shape, dtype)
     scale = scales(shape, dtype) if scaled else None
-    total, norm = residual_norm(*inputs, branch_scale=scale, kernels=kernels)
+    total, norm = run(residual_norm, *inputs, branch_scale=scale)
     exact_total, exact_norm = judged(inputs, scale)
-    naive_total, naive_norm = suite.naive_residual_norm(*inputs, branch_scale=scale)
+    naive_total, naive_norm = run.plain(plain.residual_norm, *inputs, branch_scale=scale)
     # One rounding of a float32 sum: with powers of two there is nothing else to round.
     assert total.dtype == dtype
     assert torch.equal(total, naive_total)
@@ -62,11 +62,10 @@ def test_forward(shape, dtype, scaled, kernels):
     assert norm.is_contiguous()
 
 
-@KERNELS
+@suite.every("residual_norm", suite.DTYPES)
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("dtype", suite.DTYPES)
 @pytest.mark.parametrize("shape", SHAPES[:2])
-def test_gradients(shape, dtype, scaled, kernels):
+def test_gradients(shape, scaled, run, dtype):
     inputs = make(shape, dtype, grad=True)
     leaves = [suite.exact_leaf(value) for value in inputs]
     scale = scales(shape, dtype) if scaled else None
@@ -76,24 +75,24 @@ def test_gradients(shape, dtype, scaled, kernels):
         ups = [up.to(output.dtype) for up, output in zip(ups, outputs, strict=True)]
         return torch.autograd.grad(outputs, leaves, ups)
 
-    got = grads(residual_norm(*inputs, branch_scale=scale, kernels=kernels), inputs)
-    naive = grads(suite.naive_residual_norm(*inputs, branch_scale=scale), inputs)
+    got = grads(run(residual_norm, *inputs, branch_scale=scale), inputs)
+    naive = grads(run.plain(plain.residual_norm, *inputs, branch_scale=scale), inputs)
     wide = None if scale is None else scale.double()
-    exact = grads(suite.naive_residual_norm(*leaves, branch_scale=wide), leaves)
+    exact = grads(plain.residual_norm(*leaves, branch_scale=wide), leaves)
     for parts in zip(got, exact, naive, strict=True):
         if dtype == torch.float64:
             torch.testing.assert_close(*parts[:2], rtol=1e-10, atol=1e-10)
         suite.assert_budget(*parts, dtype)
 
 
-@KERNELS
+@EVERY
 @pytest.mark.parametrize("which", [0, 1])
-def test_gradients_when_one_result_is_not_used(which, kernels):
+def test_gradients_when_one_result_is_not_used(which, run):
     inputs = make(SHAPE, torch.float32, grad=True)
     up = suite.random(*SHAPE, dtype=torch.float32)
     for index in (0, 1):
-        result = residual_norm(*inputs, kernels=kernels)[which]
-        expected = suite.naive_residual_norm(*inputs)[which]
+        result = run(residual_norm, *inputs)[which]
+        expected = plain.residual_norm(*inputs)[which]
         (got,) = torch.autograd.grad(result, inputs[index], up)
         (wanted,) = torch.autograd.grad(expected, inputs[index], up)
         torch.testing.assert_close(got, wanted)
@@ -108,165 +107,221 @@ def test_gradcheck():
     )
 
 
-@KERNELS
-@pytest.mark.parametrize("dtype", suite.LOW)
-def test_the_norm_is_of_the_rounded_sum(dtype, kernels):
+@suite.every("residual_norm", suite.LOW)
+def test_the_norm_is_of_the_rounded_sum(run, dtype):
     # 2048 + a fraction rounds to 2048 everywhere: the norm of that is the bias alone.
     x = torch.full(SHAPE, 2048.0, dtype=dtype)
     branch = (torch.rand(SHAPE) * 0.9).to(dtype)
     weight, bias = torch.ones(7, dtype=dtype), torch.arange(7.0).to(dtype)
-    total, norm = residual_norm(x, branch, weight, bias, kernels=kernels)
+    total, norm = run(residual_norm, x, branch, weight, bias)
     assert torch.equal(total, x)
     assert torch.equal(norm, bias.expand(SHAPE))
 
 
-@KERNELS
-@pytest.mark.parametrize("dtype", suite.LOW)
-def test_the_scaled_branch_is_not_rounded_before_the_sum(dtype, kernels):
+@suite.every("residual_norm", suite.LOW)
+def test_the_scaled_branch_is_not_rounded_before_the_sum(run, dtype):
     # s * branch is not exact in the low precision, and the sum cancels all but its last bits.
     branch = suite.random(*SHAPE, dtype=dtype) + 1
     scale = torch.tensor([1 / 0.9, 1 / 0.7], dtype=torch.float32).to(dtype)
     wide = branch.float() * scale.float().view(2, 1, 1, 1, 1)
     x = -wide.to(dtype)
-    total, _ = residual_norm(
+    total, _ = run(
+        residual_norm,
         x,
         branch,
         torch.ones(7).to(dtype),
         torch.zeros(7).to(dtype),
         branch_scale=scale,
-        kernels=kernels,
     )
     exact = x.double() + branch.double() * scale.double().view(2, 1, 1, 1, 1)
     assert exact.abs().max() > 0
     torch.testing.assert_close(total.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
-@KERNELS
+@EVERY
 @pytest.mark.trap(27)
-def test_eps_is_inside_the_root_and_1e_minus_5_by_default(kernels):
+def test_eps_is_inside_the_root_and_1e_minus_5_by_default(run):
     x, branch, weight, bias = make(SHAPE, torch.float32)
     inputs = (x * 1e-3, branch * 1e-3, weight, bias)
-    total, norm = residual_norm(*inputs, kernels=kernels)
-    own = suite.naive_residual_norm(*inputs)[1]
+    total, norm = run(residual_norm, *inputs)
+    own = run.plain(plain.residual_norm, *inputs)[1]
     suite.assert_budget(norm, normed(total, weight, bias), own)
     exact = judged(inputs)[1]
     assert (judged(inputs, eps=1e-6)[1] - exact).abs().max() > 0.1
-    _, norm = residual_norm(*inputs, eps=1e-3, kernels=kernels)
+    _, norm = run(residual_norm, *inputs, eps=1e-3)
     torch.testing.assert_close(norm.double(), judged(inputs, eps=1e-3)[1], rtol=1e-4, atol=1e-6)
 
 
-@KERNELS
-@pytest.mark.parametrize("dtype", suite.LOW)
-def test_statistics_are_float32(dtype, kernels):
+@suite.every("residual_norm", suite.LOW)
+def test_statistics_are_float32(run, dtype):
     x, branch, weight, bias = make((2, 1, 5, 1, 96), dtype)
     x = x + 30
-    total, norm = residual_norm(x, branch, weight, bias, kernels=kernels)
+    total, norm = run(residual_norm, x, branch, weight, bias)
     exact = normed(total, weight, bias)
     suite.assert_budget(norm, exact, exact.float().to(dtype))
 
 
-@KERNELS
+@EVERY
 @pytest.mark.trap(32)
-def test_every_layout(kernels):
+def test_every_layout(run):
     inputs = make(SHAPE, torch.float32)
-    expected = suite.naive_residual_norm(*inputs)
+    expected = run.plain(plain.residual_norm, *inputs)
     exact = normed(expected[0], *inputs[2:])
-    scale = torch.full((4,), 1.0)[::2]
-    for x, branch in [*zip(*map(lambda v: suite.layouts(v).values(), inputs[:2]), strict=True)]:
-        for pair in ((x, inputs[1]), (inputs[0], branch), (x, branch)):
-            total, norm = residual_norm(*pair, *inputs[2:], branch_scale=scale, kernels=kernels)
+    scale = run.put(torch.full((4,), 1.0))[::2]
+    near = [run.put(value) for value in inputs[:2]]
+    views = [suite.layouts(value).values() for value in near]
+    for x, branch in zip(*views, strict=True):
+        for pair in ((x, near[1]), (near[0], branch), (x, branch)):
+            total, norm = run(residual_norm, *pair, *inputs[2:], branch_scale=scale)
             assert torch.equal(total, expected[0])
             suite.assert_budget(norm, exact, expected[1])
 
 
-@KERNELS
-def test_broadcast_of_one_token_is_an_input_like_any_other(kernels):
+@EVERY
+@pytest.mark.trap(32)
+def test_gradients_of_every_layout(run):
+    inputs = make(SHAPE, torch.float32, grad=True)
+    ups = [suite.random(*SHAPE, dtype=torch.float32) for _ in range(2)]
+    expected = torch.autograd.grad(plain.residual_norm(*inputs), inputs, ups)
+    leaves = [run.leaf(value) for value in inputs]
+    results = residual_norm(*leaves, kernels=run.kernels)
+    views = [suite.layouts(run.put(up)).values() for up in ups]
+    for pair in zip(*views, strict=True):
+        got = torch.autograd.grad(results, leaves, pair, retain_graph=True)
+        for value, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(value.cpu(), other, rtol=1e-4, atol=1e-5)
+    # What `sum` sends back: one number, with strides of 0.
+    got = torch.autograd.grad(sum(r.sum() for r in results), leaves, retain_graph=True)
+    expected = torch.autograd.grad(results, leaves, [torch.ones_like(r) for r in results])
+    assert all(map(torch.equal, got, expected))
+
+
+@suite.every("residual_norm", [torch.float32, torch.float16])
+@pytest.mark.trap(8)
+@pytest.mark.parametrize("channels", [3, 33, 384, 1030])
+def test_rows_that_are_no_whole_number_of_tiles(channels, run, dtype):
+    inputs = make((1, 1, 3, 1, channels), dtype, grad=True)
+    leaves = [suite.exact_leaf(value) for value in inputs]
+    results = run(residual_norm, *inputs)
+    naive = run.plain(plain.residual_norm, *inputs)
+    assert torch.equal(results[0], naive[0])
+    suite.assert_budget(results[1], normed(results[0], *inputs[2:]), naive[1], dtype)
+    ups = [suite.random(1, 1, 3, 1, channels, dtype=dtype) for _ in range(2)]
+    got, own = (torch.autograd.grad(values, inputs, ups) for values in (results, naive))
+    exact = torch.autograd.grad(plain.residual_norm(*leaves), leaves, [up.double() for up in ups])
+    for parts in zip(got, exact, own, strict=True):
+        suite.assert_budget(*parts, dtype)
+
+
+@EVERY
+@pytest.mark.parametrize("axis", [0, 2])
+def test_offsets_beyond_2_31(axis, run, far):
+    inputs = make((2, 1, 2, 3, 8), torch.float16)
+    near = run(residual_norm, *inputs)
+    for index in (0, 1):
+        spread = [*inputs]
+        spread[index] = far(run.put(inputs[index]), axis)
+        assert all(map(torch.equal, run(residual_norm, *spread), near)), index
+
+
+@EVERY
+def test_gradients_with_offsets_beyond_2_31(run, far):
+    leaves = [run.leaf(value) for value in make((2, 1, 2, 3, 8), torch.float16, grad=True)]
+    results = residual_norm(*leaves, kernels=run.kernels)
+    ups = [run.put(suite.random(2, 1, 2, 3, 8, dtype=torch.float16)) for _ in range(2)]
+    near = torch.autograd.grad(results, leaves, ups, retain_graph=True)
+    for pair in ([far(ups[0]), ups[1]], [ups[0], far(ups[1])]):
+        got = torch.autograd.grad(results, leaves, pair, retain_graph=True)
+        assert all(map(torch.equal, got, near))
+
+
+@EVERY
+def test_broadcast_of_one_token_is_an_input_like_any_other(run):
     x, branch, weight, bias = make((2, 1, 4, 3, 6), torch.float32)
-    flat = branch[:1, :, :1, :1].expand(2, 1, 4, 3, 6)
-    total, norm = residual_norm(x, flat, weight, bias, kernels=kernels)
-    expected = residual_norm(x, flat.contiguous(), weight, bias, kernels=kernels)
+    flat = run.put(branch)[:1, :, :1, :1].expand(2, 1, 4, 3, 6)
+    total, norm = run(residual_norm, x, flat, weight, bias)
+    expected = run(residual_norm, x, flat.contiguous(), weight, bias)
     assert torch.equal(total, expected[0])
     assert torch.equal(norm, expected[1])
 
 
-@KERNELS
+@EVERY
 @pytest.mark.parametrize("scaled", [False, True])
-def test_empty_batch(scaled, kernels):
+def test_empty_batch(scaled, run):
     inputs = make((0, 2, 3, 4, 5), torch.float32, grad=True)
     scale = torch.ones(0) if scaled else None
-    total, norm = residual_norm(*inputs, branch_scale=scale, kernels=kernels)
+    total, norm = run(residual_norm, *inputs, branch_scale=scale)
     assert total.shape == norm.shape == (0, 2, 3, 4, 5)
     grads = torch.autograd.grad((total + norm).sum(), inputs)
     for value, grad in zip(inputs, grads, strict=True):
         assert torch.equal(grad, torch.zeros_like(value))
 
 
-@KERNELS
-def test_more_than_65535_rows(kernels):
+@EVERY
+def test_more_than_65535_rows(run):
     inputs = make((1, 1, 257, 256, 2), torch.float32)
-    total, norm = residual_norm(*inputs, kernels=kernels)
-    expected = suite.naive_residual_norm(*inputs)
+    total, norm = run(residual_norm, *inputs)
+    expected = run.plain(plain.residual_norm, *inputs)
     assert torch.equal(total, expected[0])
     suite.assert_budget(norm, normed(total, *inputs[2:]), expected[1])
 
 
-@KERNELS
-@pytest.mark.parametrize("low", suite.LOW)
+@suite.every("residual_norm", suite.LOW)
 @pytest.mark.parametrize("branch", ["float32", "low"])
 @pytest.mark.parametrize("stream", ["float32", "low"])
-def test_autocast_keeps_the_stream_and_lowers_the_norm(stream, branch, low, kernels):
-    kinds = {"float32": torch.float32, "low": low}
+def test_autocast_keeps_the_stream_and_lowers_the_norm(stream, branch, run, dtype):
+    kinds = {"float32": torch.float32, "low": dtype}
     inputs = make(SHAPE, kinds[stream], kinds[branch], torch.float32, grad=True)
-    with torch.autocast("cpu", low):
-        total, norm = residual_norm(*inputs, kernels=kernels)
+    with torch.autocast(run.device, dtype):
+        total, norm = run(residual_norm, *inputs)
     assert total.dtype == kinds[stream]
     summed = inputs[0].float() + inputs[1].float()
     assert torch.equal(total, summed.to(kinds[stream]))
     # Eager: a float32 norm, that the next linear layer casts.
-    eager = torch.nn.functional.layer_norm(total.float(), (7,), inputs[2], inputs[3]).to(low)
-    suite.assert_budget(norm, normed(total, *inputs[2:]), eager, low)
+    eager = torch.nn.functional.layer_norm(total.float(), (7,), inputs[2], inputs[3])
+    suite.assert_budget(norm, normed(total, *inputs[2:]), eager.to(dtype), dtype)
     grads = torch.autograd.grad((total.float() + norm.float().sin()).sum(), inputs)
     for value, grad in zip(inputs, grads, strict=True):
         assert grad.dtype == value.dtype
         assert torch.isfinite(grad).all()
 
 
-@KERNELS
-def test_a_low_branch_on_a_float32_stream_without_autocast(kernels):
-    inputs = make(SHAPE, torch.float32, torch.bfloat16, grad=True)
-    total, norm = residual_norm(*inputs, kernels=kernels)
+@suite.every("residual_norm", suite.LOW)
+def test_a_low_branch_on_a_float32_stream_without_autocast(run, dtype):
+    inputs = make(SHAPE, torch.float32, dtype, grad=True)
+    total, norm = run(residual_norm, *inputs)
     assert total.dtype == norm.dtype == torch.float32
     assert torch.equal(total, inputs[0] + inputs[1].float())
     grad_x, grad_branch = torch.autograd.grad((total * total).sum() + norm.sum(), inputs[:2])
-    assert grad_branch.dtype == torch.bfloat16
-    assert torch.equal(grad_branch, grad_x.to(torch.bfloat16))
+    assert grad_branch.dtype == dtype
+    assert torch.equal(grad_branch, grad_x.to(dtype))
 
 
-@KERNELS
-def test_a_scale_of_zero_drops_the_branch_even_in_the_gradient(kernels):
+@EVERY
+def test_a_scale_of_zero_drops_the_branch_even_in_the_gradient(run):
     inputs = make(SHAPE, torch.float32, grad=True)
     scale = torch.tensor([0.0, 2.0])
-    total, norm = residual_norm(*inputs, branch_scale=scale, kernels=kernels)
+    total, norm = run(residual_norm, *inputs, branch_scale=scale)
     assert torch.equal(total[0], inputs[0][0])
     (grad,) = torch.autograd.grad((total.sin() + norm.sin()).sum(), inputs[1])
     assert not grad[0].any()
     assert grad[1].any()
 
 
-@KERNELS
+@EVERY
 @pytest.mark.parametrize("scaled", [False, True])
-def test_compiles_to_one_graph_for_all_batch_sizes(scaled, kernels):
+def test_compiles_to_one_graph_for_all_batch_sizes(scaled, run):
     _, _, weight, bias = make(SHAPE, torch.float32, grad=True)
 
     def function(x, branch, weight, bias):
         scale = x.detach()[:, 0, 0, 0, 0].sign() if scaled else None
-        return residual_norm(x, branch, weight, bias, branch_scale=scale, kernels=kernels)
+        return residual_norm(x, branch, weight, bias, branch_scale=scale, kernels=run.kernels)
 
     def make_inputs(batch):
         x, branch, _, _ = make((batch, *SHAPE[1:]), torch.float32, grad=True)
         return [x, branch, weight, bias]
 
-    suite.assert_compiles(function, make_inputs, exact=False)
+    suite.assert_compiles(run, function, make_inputs, exact=False)
 
 
 @pytest.mark.parametrize(
