@@ -1,0 +1,67 @@
+"""Every Triton kernel compiles to machine code for each architecture, without spilling.
+
+The interpreter proves what a kernel computes, and not that Triton's compiler takes it.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", minversion="3.6")
+PROGRAM = Path(__file__).with_name("triton_compile.py")
+# Shared memory that a block of the smallest card of each architecture can have, in bytes.
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+KERNELS = {
+    "attention_forward_kernel",
+    "column_sums_kernel",
+    "expand_bias_kernel",
+    "gather_rows_kernel",
+    "patch_merging_backward_kernel",
+    "patch_merging_forward_kernel",
+    "residual_norm_backward_kernel",
+    "residual_norm_forward_kernel",
+}
+
+
+@functools.cache
+def compiled(architecture, *options):
+    """What the program prints: one row for each kernel and specialisation."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", PROGRAM, str(architecture), *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(rows, architecture):
+    assert {row["kernel"] for row in rows} == KERNELS
+    for row in rows:
+        is_half = "float16" in row["case"]
+        assert row["shared"] <= SHARED[architecture], row
+        most = 0 if is_half and architecture in (80, 90) else 256
+        assert row["stack"] <= most, row
+        # Tiles of one token a window are too small for Hopper's own instructions.
+        if row["kernel"] == "attention_forward_kernel" and is_half and "(8, 7, 7)" in row["case"]:
+            assert TENSOR_CORES[architecture] in row["tensor_cores"], row
+
+
+def test_kernels_of_a_common_model_compile_for_hopper():
+    check(compiled(90, "--quick"), 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", SHARED)
+def test_all_kernels_compile(architecture):
+    check(compiled(architecture), architecture)

@@ -1,0 +1,167 @@
+"""Compiles what a launch would run, for GPUs that are not there: `triton_compile.py 90`.
+
+The launchers run on CPU tensors; where they would start a kernel, it is compiled instead, with the
+specialisations that Triton would make of the arguments. Prints a JSON line for each: registers,
+bytes of stack, shared memory, tensor-core instructions. Not in one process with the interpreter.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from videoswin_kernels import testing
+from videoswin_kernels.ops._declare import NAMESPACES
+from videoswin_kernels.triton import attention
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int8: "*i8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Recorder:
+    """Stands where the launch of a kernel stands, and compiles it, each specialisation once."""
+
+    def __init__(self, architecture):
+        self.target, self.seen, self.label = GPUTarget("cuda", architecture, 32), set(), ""
+
+    def __call__(self, kernel, *arguments, **options):
+        names = {p.name for p in kernel.params}
+        values = dict(zip(kernel.arg_names, arguments, strict=False))
+        values |= {name: options.pop(name) for name in list(options) if name in names}
+        signature, constants, attributes = {}, {}, {}
+        for place, parameter in enumerate(kernel.params):
+            value = values[parameter.name]
+            kind, is_divisible = self.specialise(parameter, value)
+            signature[parameter.name] = kind
+            if kind == "constexpr":
+                constants[parameter.name] = value
+            elif is_divisible:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        key = repr((kernel.__name__, signature, constants, attributes, options))
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        source = ASTSource(kernel, signature, constants, attributes)
+        compiled = triton.compile(source, target=self.target, options=options)
+        print(json.dumps(self.row(kernel, compiled, constants)), flush=True)
+
+    @staticmethod
+    def specialise(parameter, value):
+        """(type of an argument, whether 16 divides it)."""
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            return "constexpr", False
+        if isinstance(value, torch.Tensor):
+            return POINTERS[value.dtype], value.data_ptr() % 16 == 0
+        if type(value) is int:
+            return "i32" if value < 2**31 else "i64", value % 16 == 0
+        return "fp32", False
+
+    def row(self, kernel, compiled, constants):
+        """What the machine code needs."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+            usage, code = (
+                subprocess.run(
+                    [tool, option, file.name], capture_output=True, text=True, check=True
+                ).stdout
+                for option in ("-res-usage", "-sass")
+            )
+        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+        return {
+            "kernel": kernel.__name__,
+            "case": self.label,
+            "architecture": self.target.arch,
+            "registers": int(registers),
+            "stack": int(stack),
+            "shared": compiled.metadata.shared,
+            "tensor_cores": [name for name in TENSOR_CORES if re.search(rf"\b{name}\b", code)],
+            "constants": {name: repr(value) for name, value in constants.items()},
+        }
+
+
+def launches(recorder, dtypes, widths, channels):
+    """Calls every operator so that each kernel is launched in all the ways that it can be."""
+    for dtype in dtypes:
+        for case in (testing.PRODUCTION["swin_t stage 1"].case, testing.LARGE["8x7x7, padded"]):
+            for width in widths:
+                recorder.label = f"{dtype} window {case.window} width {width}"
+                attend(case, width, dtype)
+        for name in ("padded, unshifted", "one token a window"):
+            recorder.label = f"{dtype} {name}"
+            attend(testing.ATTENTION[name], widths[0], dtype)
+        for width in channels:
+            recorder.label = f"{dtype} channels {width}"
+            x = torch.empty(2, 2, 5, 6, width, dtype=dtype)
+            merge(x, torch.empty(4 * width))
+            add_and_normalise(x, torch.empty(width))
+    for dtype in (torch.int8, torch.float16, torch.float32, torch.float64):
+        recorder.label = f"{dtype}"
+        x = torch.empty(2, 3, 5, 6, 96).to(dtype)
+        OPERATORS.cyclic_shift(x, [1, 2, 3])
+        windows = OPERATORS.window_partition(x, [2, 3, 3], [1, 1, 1])
+        OPERATORS.window_reverse(windows, [3, 5, 6], [2, 3, 3], [1, 1, 1])
+
+
+def attend(case, width, dtype, heads=3):
+    """Attention with and without values for padding."""
+    qkv = torch.empty(1, *case.grid, 3 * heads * width, dtype=dtype)
+    depth, height, width_of_window = case.window
+    table = torch.empty((2 * depth - 1) * (2 * height - 1) * (2 * width_of_window - 1), heads)
+    for pad in (None, torch.empty(3 * heads * width, dtype=dtype)):
+        OPERATORS.window_attention(qkv, table, pad, case.window, case.shift, heads, 0.2)
+
+
+def merge(x, weight):
+    """Patch merging, with each set of gradients that a training step can ask for."""
+    out, mean, rstd = OPERATORS.patch_merging(x, weight, weight, 1e-5, x.dtype)
+    for needs in ((True, True), (True, False), (False, True)):
+        OPERATORS.patch_merging_backward(out, x, weight, mean, rstd, *needs)
+
+
+def add_and_normalise(x, weight):
+    """Residual and norm, with each set of gradients that a training step can ask for."""
+    for scale in (None, torch.empty(len(x))):
+        total, norm, mean, rstd = OPERATORS.residual_norm(
+            x, x, weight, weight, scale, 1e-5, x.dtype
+        )
+        for ups in ((total, norm), (total, None), (None, norm)):
+            saved = (total, weight, mean, rstd, scale, x.dtype)
+            OPERATORS.residual_norm_backward(*ups, *saved, True, scale is not None, True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("architectures", nargs="+", type=int)
+    parser.add_argument("--quick", action="store_true", help="float16 and common widths alone")
+    arguments = parser.parse_args()
+    OPERATORS = NAMESPACES["triton"]
+    everything = (DTYPES, testing.HEAD_WIDTHS, (7, 96, 768))
+    choice = ((torch.float16,), (32,), (96,)) if arguments.quick else everything
+    for number in arguments.architectures:
+        recorder = Recorder(number)
+        attention.architecture = lambda x, number=number: number
+        JITFunction.__getitem__ = lambda kernel, grid, record=recorder: partial(record, kernel)
+        launches(recorder, *choice)
