@@ -107,6 +107,17 @@ def test_gradcheck():
     )
 
 
+@EVERY
+def test_gradients_of_x_and_branch_are_equal_and_not_one_memory(run):
+    x, branch, weight, bias = make(SHAPE, torch.float32, grad=True)
+    total, norm = run(residual_norm, x, branch, weight, bias)
+    (total.sin().sum() + norm.cos().sum()).backward()
+    assert torch.equal(x.grad, branch.grad)
+    before = branch.grad.clone()
+    x.grad.zero_()
+    assert torch.equal(branch.grad, before)
+
+
 @suite.every("residual_norm", suite.LOW)
 def test_the_norm_is_of_the_rounded_sum(run, dtype):
     # 2048 + a fraction rounds to 2048 everywhere: the norm of that is the bias alone.

@@ -152,7 +152,7 @@ def _against_triton(call: Call) -> str | None:
         if capability < CAPABILITY:
             needed, found = (".".join(map(str, v)) for v in (CAPABILITY, capability))
             return f"Triton's kernels need a GPU of compute capability {needed}, this has {found}"
-        return None
+        return compiler.why_not_started()
     if not compiler.IS_INTERPRETED:
         return (
             "Triton's kernels run on CUDA tensors (on those of a CPU only interpreted, for tests, "

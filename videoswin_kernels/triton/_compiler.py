@@ -14,6 +14,16 @@ VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
+def why_not_started() -> str | None:
+    """What keeps Triton from this machine's GPU, in words that end a sentence, or None."""
+    try:
+        # The first use builds Triton's own driver, with the C compiler of the machine.
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # Whatever it is, that is the reason.
+        return f"Triton cannot start: {str(error).splitlines()[0] if str(error) else error!r}"
+    return None
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Runs a kernel on the GPU of its tensors; the multiply-adds of its float32 may be fused."""
     device = next(each.device for each in arguments if isinstance(each, Tensor))
