@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 OUTPUT := runs/demo
 VIDEOS := runs/demo-videos
 
-.PHONY: demo test verify lint clean
+.PHONY: demo test verify mutants lint clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m train.synthetic $(VIDEOS)
@@ -16,8 +16,11 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(RUN) -m pytest -m "not slow"
 
-verify: $(VENV)/.test
+verify: $(VENV)/.test mutants
 	$(RUN) -m pytest
+
+mutants: $(VENV)/.test
+	$(RUN) tests/mutations/run.py
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .
