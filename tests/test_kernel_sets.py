@@ -1,0 +1,118 @@
+"""Compiled kernel sets: who is asked, what each refuses, and where `auto` takes none of them."""
+
+import importlib.util
+import os
+
+import operator_suite as suite
+import pytest
+import torch
+from model_suite import error, golden_case
+from test_declared import Calls
+from test_golden import parameters_of, torchvisions
+
+from model import SwinTransformer3D
+from videoswin_kernels import window_attention
+
+ARITHMETIC = [name for name in suite.OPERATORS if name not in suite.MOVEMENT]
+ATTENDS = suite.every("window_attention", compiled=True)
+
+
+@pytest.mark.parametrize("operator", suite.OPERATORS)
+def test_triton_is_asked_wherever_it_can_run(operator):
+    """A set that breaks at import must not slip out of the suite as one that is not there."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    if device not in suite.DEVICES:
+        pytest.skip("Triton's interpreter is off and there is no GPU")
+    assert suite.Run("triton", device) in suite.runs(operator)
+
+
+@suite.every("residual_norm", compiled=True)
+@pytest.mark.parametrize("dtype", suite.DTYPES)
+@pytest.mark.parametrize("operator", ARITHMETIC)
+def test_a_dtype_is_taken_or_refused_in_one_sentence(operator, dtype, run):
+    if dtype in run.dtypes(operator):
+        suite.smallest_call(operator, run.kernels, run.device, dtype)
+        return
+    sentence = suite.REFUSAL.format(operator, run.kernels)
+    with pytest.raises(RuntimeError, match=sentence) as caught:
+        suite.smallest_call(operator, run.kernels, run.device, dtype)
+    assert str(dtype).removeprefix("torch.") in str(caught.value)
+
+
+@suite.every("residual_norm", compiled=True)
+@pytest.mark.parametrize("operator", ARITHMETIC)
+def test_a_refusal_under_compile_is_the_same_sentence(operator, run):
+    if torch.float64 in run.dtypes(operator):
+        pytest.skip(f"{run.kernels} takes float64")
+
+    def function():
+        return suite.smallest_call(operator, run.kernels, run.device, torch.float64)
+
+    with pytest.raises(RuntimeError) as caught:
+        function()
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="cannot run") as traced:
+        torch.compile(function, backend="eager", fullgraph=True)()
+    assert str(caught.value) in str(traced.value)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kernels", ["triton", "cuda"])
+@pytest.mark.parametrize("operator", suite.OPERATORS)
+def test_auto_takes_no_kernels_of_a_gpu_for_cpu_tensors(operator, kernels):
+    with Calls(kernels) as calls:
+        suite.smallest_call(operator, "auto")
+    assert not calls.names
+
+
+@ATTENDS
+def test_auto_trains_on_a_gpu_whether_or_not_attention_has_a_backward(run):
+    if run.device != "cuda":
+        pytest.skip("auto takes compiled kernels on CUDA tensors alone")
+    with Calls(run.kernels) as calls:
+        suite.smallest_call("window_attention", "auto", "cuda", grad=True).sum().backward()
+    has_gradients = suite.reason_against_gradients(run) is None
+    assert ("window_attention" in calls.names) <= has_gradients
+
+
+@ATTENDS
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_attention_runs_forward_in_every_grad_mode(context, run):
+    qkv = run.leaf(suite.random(2, 3, 4, 5, 96, dtype=torch.float32, grad=True))
+    table = run.put(torch.randn(75, 2))
+    options = {"window": (2, 3, 3), "shift": (1, 1, 1), "num_heads": 2}
+    expected = window_attention(qkv, table, kernels="reference", **options).detach()
+    with context():
+        result = window_attention(qkv, table, kernels=run.kernels, **options)
+    assert result.requires_grad == (context is torch.enable_grad)
+    torch.testing.assert_close(result.detach().clone(), expected, rtol=1e-4, atol=1e-5)
+
+
+@ATTENDS
+def test_a_backward_that_is_not_there_is_refused_in_one_sentence(run):
+    if suite.reason_against_gradients(run) is None:
+        pytest.skip("attention has its backward")
+    out = suite.smallest_call("window_attention", run.kernels, run.device, grad=True)
+    with pytest.raises(RuntimeError, match=r"^window_attention: [^\n]* no backward yet[^\n]*$"):
+        out.sum().backward()
+
+
+@ATTENDS
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param("padded_8x7x7", marks=pytest.mark.slow), "odd_video", "clamped_spatial"],
+)
+def test_the_golden_cases_forward(case, run):
+    """Within twice the error of torchvision, as the reference is."""
+    config, tensors = golden_case(case)
+    backbone = SwinTransformer3D(**config, kernels=run.kernels)
+    backbone.load_state_dict(parameters_of(tensors))
+    with torch.no_grad(), Calls(run.kernels) as calls:
+        out = backbone.eval().to(run.device)(tensors["input"].float().to(run.device)).cpu()
+    # Two stages of two blocks with a merging between, and nothing that fell back.
+    assert calls.names.count("window_attention") == calls.names.count("residual_norm") == 4
+    assert calls.names.count("patch_merging") == 1
+    theirs = error(torchvisions(case)["output"], tensors["output"])
+    assert error(out, tensors["output"]) <= 2 * theirs + torch.finfo(torch.float32).eps
