@@ -1,0 +1,80 @@
+"""Plants each mistake of this folder in a copy of the last commit; the tests it names must fail.
+
+`python tests/mutations/run.py [NAME...]`. A patch begins with a sentence that says what is wrong in
+it, and a line `tests: ` with what pytest is to run. Exits with 1 where a mistake went unseen, where
+the tests fail without it, or where a patch no longer fits the code.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
+# pytest's own exit statuses: all passed, some failed.
+PASSED, FAILED = 0, 1
+
+
+@contextmanager
+def checkout() -> Iterator[Path]:
+    """A worktree of the last commit."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        git = ["git", "-C", ROOT, "worktree"]
+        subprocess.run([*git, "add", "--quiet", "--detach", tree, "HEAD"], check=True)
+        try:
+            yield tree
+        finally:
+            subprocess.run([*git, "remove", "--force", tree], check=True)
+
+
+def run_tests(tree: Path, tests: list[str]) -> int:
+    """pytest's exit status; the first failure is enough."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", *tests]
+    return subprocess.run(command, cwd=tree, stdout=subprocess.DEVNULL, check=False).returncode
+
+
+def judge(tree: Path, patch: Path, tests: list[str]) -> str | None:
+    """What is wrong with a mutation, None if its tests catch it."""
+    apply = ["git", "-C", tree, "apply", patch]
+    if subprocess.run(apply, check=False).returncode:
+        return "does not fit the code any more"
+    try:
+        status = run_tests(tree, tests)
+    finally:
+        subprocess.run(["git", "-C", tree, "checkout", "--quiet", "."], check=True)
+    if status == FAILED:
+        return None
+    return "was not seen" if status == PASSED else f"pytest ended with {status}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="patches to try (default: all)")
+    names = parser.parse_args().names
+    patches = [FOLDER / f"{name}.patch" for name in names] or sorted(FOLDER.glob("*.patch"))
+    asked = {}
+    for patch in patches:
+        lines = patch.read_text(encoding="utf-8").splitlines()
+        (tests,) = (line for line in lines if line.startswith("tests: "))
+        asked[patch] = tests.removeprefix("tests: ").split()
+    unseen = 0
+    with checkout() as tree:
+        sound = sorted({test for tests in asked.values() for test in tests})
+        if run_tests(tree, sound) != PASSED:
+            print(f"these fail without any mutation: {' '.join(sound)}")
+            return 1
+        for patch, tests in asked.items():
+            problem = judge(tree, patch, tests)
+            print(f"{patch.stem:<44}{problem or 'caught'}", flush=True)
+            unseen += problem is not None
+    print(f"{len(patches) - unseen} of {len(patches)} caught")
+    return 1 if unseen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
