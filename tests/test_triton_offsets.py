@@ -1,0 +1,125 @@
+"""Offsets past 2^31 inside the Triton kernels.
+
+A public call would need gigabytes, and programs by the million where Triton is interpreted. So the
+launchers get a short index whose rows lie far apart in memory of which no other page is touched.
+"""
+
+import pytest
+import torch
+
+from videoswin_kernels.ops._vectors import WindowVectors
+
+compiler = pytest.importorskip("videoswin_kernels.triton._compiler")
+from videoswin_kernels.triton import attention, gather_rows, patch_merging  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and not compiler.IS_INTERPRETED, reason="Triton is not interpreted"
+)
+
+
+@pytest.fixture
+def far(monkeypatch):
+    """Makes rows of which few are ever touched: `far(number, width, dtype)`."""
+    copy = torch.UntypedStorage.copy_
+
+    def copy_others(self, source, *options):
+        # Triton's interpreter copies storages back, those of CPU tensors onto themselves.
+        same = self.data_ptr() == source.data_ptr()
+        return self if same else copy(self, source, *options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "copy_", copy_others)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+
+    def make(number, width, dtype):
+        try:
+            return torch.empty(number, width, dtype=dtype, device=DEVICE)
+        except RuntimeError as error:
+            pytest.skip(f"no room for so many rows: {str(error).splitlines()[0]}")
+
+    return make
+
+
+def integers(*values):
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def test_gather_reads_rows_far_apart_in_every_clip(far):
+    number, width, clips = 2**31 - 9, 1, 3
+    x, rows = far(clips * number, width, torch.int8), [number - 1, 0, number // 2, -1]
+    out = torch.full((clips * len(rows), width), 7, dtype=torch.int8, device=DEVICE)
+    expected = torch.zeros_like(out)
+    for clip in range(clips):
+        for place, row in enumerate(rows):
+            if row >= 0:
+                value = 1 + clip * len(rows) + place
+                x[clip * number + row] = expected[clip * len(rows) + place] = value
+    gather_rows.gather_rows(out, x, integers(*rows), number)
+    assert torch.equal(out, expected)
+
+
+def test_attention_reads_and_writes_tokens_far_apart(far):
+    number, width, tokens = 2**31 // 16 + 5, 16, 4
+    places = [number - 1, 3, -1, number // 2]
+    kept = [place for place in places if place >= 0]
+    qkv, out = far(number, 3 * width, torch.float16), far(number, width, torch.float16)
+    log_sum_exp = far(1, number, torch.float32)
+    near = torch.randn(tokens, 3 * width).to(DEVICE, torch.float16)
+    for place, row in zip(places, near, strict=True):
+        if place >= 0:
+            qkv[place] = row
+    table = torch.randn(2 * tokens - 1, 1, device=DEVICE)
+
+    def attend(source, number, qkv, out, log_sum_exp):
+        vectors = WindowVectors(
+            source=source,
+            target=far(number, 1, torch.int32),
+            region=integers(0, 0, 1, 1),
+            mixed=integers(1),
+            code=integers(0, 1, 2, 3),
+            place=integers(0, 1, 2, 3),
+            offset=3,
+            num_windows=1,
+            tokens_per_window=tokens,
+            has_padding=True,
+            has_mask=True,
+        )
+        inputs = qkv.view(1, number, 3 * width), table, None, 1, 0.25, vectors
+        attention.launch_window_attention(out, log_sum_exp, *inputs)
+
+    attend(integers(*places), number, qkv, out, log_sum_exp)
+    source = integers(*(kept.index(place) if place >= 0 else -1 for place in places))
+    expected = torch.empty(3, width, dtype=torch.float16, device=DEVICE), torch.empty(3).to(DEVICE)
+    attend(source, 3, near[[0, 1, 3]].contiguous(), *expected)
+    assert torch.equal(out[kept], expected[0])
+    assert torch.equal(log_sum_exp[0, kept], expected[1])
+
+
+def test_merging_reads_and_writes_tokens_far_apart(far):
+    number, width = 2**31 // 8 + 5, 8
+    rows = [number - 1, 3, -1, number // 2, 7, number - 2, number - 3, -1]
+    kept = [row for row in rows if row >= 0]
+    x, grad_x = (far(number, width, torch.float16) for _ in range(2))
+    near = torch.randn(len(kept), width).to(DEVICE, torch.float16)
+    x[kept] = near
+    weight, bias = (torch.randn(4 * width, device=DEVICE) for _ in range(2))
+    grad = torch.randn(2, 4 * width).to(DEVICE, torch.float16)
+
+    def merge(index, x, grad_x):
+        shaped = x.view(1, len(x), 1, 1, width)
+        out, mean, rstd = torch.empty_like(grad), *torch.empty(2, 2, device=DEVICE)
+        patch_merging.launch_patch_merging(
+            out, mean, rstd, shaped, weight, bias, 1e-5, x.dtype, index
+        )
+        affine = torch.empty(2, 4 * width, device=DEVICE)
+        patch_merging.launch_patch_merging_backward(
+            grad_x, *affine, grad, shaped, weight, mean, rstd, True, True, index
+        )
+        return out, affine
+
+    results = merge(integers(*rows), x, grad_x)
+    places = integers(*(kept.index(row) if row >= 0 else -1 for row in rows))
+    near_grad = torch.empty_like(near)
+    expected = merge(places, near, near_grad)
+    assert all(map(torch.equal, results, expected))
+    assert torch.equal(grad_x[kept], near_grad)
