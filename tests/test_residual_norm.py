@@ -108,6 +108,14 @@ def test_gradcheck():
 
 
 @EVERY
+def test_weight_and_bias_get_no_gradient_where_only_the_sum_is_used(run):
+    x, branch, weight, bias = make(SHAPE, torch.float32, grad=True)
+    total, _ = run(residual_norm, x, branch, weight, bias)
+    grads = torch.autograd.grad(total.sum(), [x, weight, bias], allow_unused=True)
+    assert [grad is None for grad in grads] == [False, True, True]
+
+
+@EVERY
 def test_gradients_of_x_and_branch_are_equal_and_not_one_memory(run):
     x, branch, weight, bias = make(SHAPE, torch.float32, grad=True)
     total, norm = run(residual_norm, x, branch, weight, bias)

@@ -1,5 +1,7 @@
 """What is chosen for CUDA tensors, told to a machine that may have none."""
 
+from importlib.metadata import PackageNotFoundError
+
 import pytest
 import torch
 
@@ -21,6 +23,14 @@ def gpu(monkeypatch):
     return monkeypatch
 
 
+def absent(name):
+    raise PackageNotFoundError(name)
+
+
+def broken(name):
+    raise ImportError("libtriton.so")
+
+
 def refusal(call, kernels):
     """The sentence of a refusal."""
     with pytest.raises(UnavailableError) as caught:
@@ -37,12 +47,44 @@ def test_triton_comes_first_and_says_that_no_row_earned_it(operator, kernels, dt
     assert choice.row is None
 
 
-def test_auto_leaves_attention_to_the_reference_while_it_has_no_gradient(gpu):
-    for operator in selection.OPERATORS:
-        choice = choose(Call(operator, "cuda", 0, needs_grad=True), "auto")
-        is_left = ("triton", operator) in selection.FORWARD_ONLY
-        assert choice.kernels == ("reference" if is_left else "triton")
-        assert not is_left or "no gradient yet" in choice.reason
+@OPERATOR
+def test_kernels_without_a_gradient_are_left_out_where_one_is_needed(operator, gpu):
+    call = Call(operator, "cuda", 0, needs_grad=True)
+    if ("triton", operator) in selection.FORWARD_ONLY:
+        choice = choose(call, "auto")
+        assert choice.kernels == "reference"
+        assert "no gradient yet" in choice.reason
+        assert "no gradient yet" in refusal(call, "fused")
+    else:
+        assert choose(call, "auto").kernels == choose(call, "fused").kernels == "triton"
+    assert choose(call, "triton").kernels == "triton"
+
+
+class Part(torch.nn.Linear):
+    """An attention as a model has it: explain reads its attributes."""
+
+    operator, kernels, head_width, attn_drop = "window_attention", "auto", 32, 0.1
+
+
+def test_explain_says_what_a_module_would_run_now(gpu):
+    part, example = Part(2, 2), torch.empty(0, device="meta")
+    gpu.setattr(selection, "_place", lambda example: ("cuda", 0, (torch.float16,)))
+
+    def chosen():
+        (choice,) = selection.explain(part, example)
+        return choice.kernels
+
+    with torch.no_grad():
+        assert chosen() == "reference", "training drops attention weights"
+        part.eval()
+        assert chosen() == "triton"
+        part.head_width = 24
+        assert chosen() == "reference"
+        part.head_width = 32
+    is_left = ("triton", "window_attention") in selection.FORWARD_ONLY
+    assert chosen() == ("reference" if is_left else "triton")
+    part.requires_grad_(False)
+    assert chosen() == "triton"
 
 
 @pytest.mark.parametrize(
@@ -77,10 +119,12 @@ def test_movement_takes_any_dtype(operator, gpu):
     [
         (torch.cuda, "is_available", lambda: False, "no CUDA GPU"),
         (torch.cuda, "get_device_capability", lambda index=None: (7, 5), r"8\.0, this has 7\.5"),
-        (compiler, "VERSION", (3, 5), r"3\.6 or newer is needed, 3\.5 is installed"),
+        (selection, "version", lambda name: "3.5.1", r"3\.6 or newer .*, 3\.5\.1 is installed"),
+        (selection, "version", absent, "pip install triton"),
+        (selection, "import_module", broken, "cannot be imported: libtriton"),
+        (torch.version, "hip", "6.4", "ROCm"),
         (compiler, "IS_INTERPRETED", True, "TRITON_INTERPRET is set"),
         (compiler, "why_not_started", lambda: "Triton cannot start: no cc", "no cc"),
-        (selection, "find_spec", lambda name: None, "pip install triton"),
     ],
 )
 def test_a_machine_that_cannot_run_triton_says_why(operator, owner, name, value, said, gpu):

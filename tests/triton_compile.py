@@ -69,12 +69,14 @@ class Recorder:
     @staticmethod
     def specialise(parameter, value):
         """(type of an argument, whether 16 divides it)."""
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
             return "constexpr", False
         if isinstance(value, torch.Tensor):
             return POINTERS[value.dtype], value.data_ptr() % 16 == 0
         if type(value) is int:
-            return "i32" if value < 2**31 else "i64", value % 16 == 0
+            kind = "i32" if value < 2**31 else "i64"
+            return kind, value % 16 == 0 and not parameter.do_not_specialize
         return "fp32", False
 
     def row(self, kernel, compiled, constants):

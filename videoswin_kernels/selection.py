@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
@@ -56,9 +56,9 @@ TABLE = {
     "cuda": dict.fromkeys(OPERATORS, _CUDA),
     "cpu": dict.fromkeys(OPERATORS, (Entry("reference"),)),
 }
-# Kernels without a gradient yet: "auto" leaves them out where one is needed.
+# Kernels without a gradient yet: "auto" and "fused" leave them out where one is needed.
 FORWARD_ONLY = {("triton", "window_attention")}
-# What the arithmetic of the compiled sets takes; movement takes any dtype.
+# What Triton's arithmetic takes; movement takes any dtype.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_WIDTHS = (16, 32, 64)
 TRITON_VERSION = (3, 6)
@@ -110,11 +110,11 @@ def reason_against(kernels: str, call: Call) -> str | None:
         return None
     if kernels != "triton":
         return ABSENT[kernels]
-    return _against_fused(call) or _against_triton(call)
+    return _against_arithmetic(call) or _against_triton(call)
 
 
-def _against_fused(call: Call) -> str | None:
-    """What no compiled kernel set takes."""
+def _against_arithmetic(call: Call) -> str | None:
+    """What Triton's kernels do not compute anywhere."""
     if call.operator in MOVEMENT:
         return None
     for dtype in call.dtypes:
@@ -138,13 +138,19 @@ def _against_triton(call: Call) -> str | None:
         return None
     if call.device_type == "cuda" and not torch.cuda.is_available():
         return "torch finds no CUDA GPU here"
-    if find_spec("triton") is None:
+    if call.device_type == "cuda" and torch.version.hip:
+        return "Triton's kernels are for NVIDIA GPUs, and this torch is built for ROCm"
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
         return "Triton is not installed; pip install triton"
-    # Not at the head of the file: it imports triton, which is only for those who use it.
-    compiler = import_module("videoswin_kernels.triton._compiler")
-    if compiler.VERSION < TRITON_VERSION:
-        needed, found = (".".join(map(str, v)) for v in (TRITON_VERSION, compiler.VERSION))
+    if tuple(int(part) for part in found.split(".")[:2]) < TRITON_VERSION:
+        needed = ".".join(map(str, TRITON_VERSION))
         return f"Triton {needed} or newer is needed, {found} is installed"
+    try:
+        compiler = import_module("videoswin_kernels.triton._compiler")
+    except ImportError as error:
+        return f"Triton {found} cannot be imported: {error}"
     if call.device_type == "cuda":
         if compiler.IS_INTERPRETED:
             return "TRITON_INTERPRET is set, and then Triton runs on CPU tensors alone"
@@ -192,8 +198,8 @@ def _first_of_table(call: Call, kernels: str) -> Choice:
         reason = reason_against(name, call)
         if name not in entries:
             reason = reason or f"not for {device_type} tensors, except by name"
-        elif kernels == "auto" and call.needs_grad and (name, operator) in FORWARD_ONLY:
-            reason = "it has no gradient yet"
+        elif call.needs_grad and (name, operator) in FORWARD_ONLY:
+            reason = reason or "its attention has no gradient yet"
         if reason is None:
             why = "; ".join([f"first that runs on {device_type}", *reasons])
             return Choice(operator, name, why, entries[name].row)
@@ -243,9 +249,12 @@ def explain(
     """What would run, and why.
 
     Args:
-        module_or_operator: an operator of this package (or its name), taken with kernels="auto"; or
-            a module, whose submodules carry `operator` and `kernels` attributes.
-        example: a tensor on the device in question; default: the module's first parameter, or CPU.
+        module_or_operator: an operator of this package (or its name), taken with kernels="auto",
+            without gradients and at a head width that kernels take; or a module, whose submodules
+            carry `operator` and `kernels` attributes, as it would run now: gradients enabled or
+            not, training or not.
+        example: a tensor of the device and dtype in question; default: the module's first
+            parameter, or float32 on the CPU.
 
     Returns:
         A `Choice` for an operator; for a module a list of them, one for each (operator, word).
@@ -278,8 +287,9 @@ def _explain_module(module: nn.Module, example: Tensor | None) -> list[Choice]:
     calls = {}
     for user in users:
         width = known_width(getattr(user, "head_width", HEAD_WIDTHS[0]))
-        needs_grad = user.training and any(p.requires_grad for p in user.parameters())
-        calls[Call(user.operator, *place, width, needs_grad=needs_grad), user.kernels] = None
+        has_dropout = user.training and getattr(user, "attn_drop", 0) > 0
+        needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in user.parameters())
+        calls[Call(user.operator, *place, width, has_dropout, needs_grad), user.kernels] = None
     return list(dict.fromkeys(choose(*key) for key in calls))
 
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# On torch 2.15 this imports triton. A formula registered later would be missed: FlopCounterMode
-# copies the registry when it is made.
+# On torch 2.15 this imports triton, for every user. A formula registered later would be missed:
+# FlopCounterMode copies the registry when it is made.
 from torch.utils.flop_counter import register_flop_formula
 
 from videoswin_kernels.ops._vectors import warm
@@ -126,7 +126,8 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _refuse_second(name: str, ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(f"{name}: there is no double backward; use kernels='reference'")
+    operator = name.removesuffix("_backward")
+    raise RuntimeError(f"{operator}: there is no double backward; use kernels='reference'")
 
 
 def _count(flops: Callable[..., int], *shapes: Any, out_shape: Any = None, **named: Any) -> int:

@@ -9,14 +9,11 @@ that have captured a kernel hold their addresses.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-# Private, and the only way out of every tracing mode at once; FakeTensorMode's own exit leaves
-# the others on.
-from torch.utils._python_dispatch import _disable_current_modes
 
 from videoswin_kernels.geometry import Triple, WindowGeometry, merge_index, shift_index
 
@@ -80,15 +77,13 @@ def merge_vector(operator: str, grid: Triple, device: torch.device) -> Tensor:
 def warm(lookup: Callable, operator: str, *axes: Sequence, device: torch.device) -> None:
     """Looks vectors up ahead of the first run, from a fake kernel, where that is possible.
 
-    So a compiled program finds them made before a CUDA graph's memory pool exists. Sizes that are
+    So a compiled program finds them on its GPU before a CUDA graph is captured. Sizes that are
     symbols are left to the run, as are devices that this machine has not.
     """
-    if device.type == "cuda":
-        is_real = torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
-    else:
-        is_real = device.type == "cpu"
-    if is_real and all(type(item) is int for triple in axes for item in triple):
-        lookup(operator, *axes, device)
+    if device.type == "cuda" and torch.cuda.is_available():
+        is_there = (device.index or 0) < torch.cuda.device_count()
+        if is_there and all(type(item) is int for triple in axes for item in triple):
+            lookup(operator, *axes, device)
 
 
 def _lookup(
@@ -104,12 +99,14 @@ def _lookup(
             f"{operator}: the geometry of grid {grid} is not on {device} yet; "
             "run once before capturing"
         )
-    # Two threads may build the same; the first to finish is kept, as a kernel may hold it already.
-    return _held.setdefault(key, build())
+    # In a thread of its own: no tracing, no inference mode and no CUDA graph's memory pool of the
+    # caller reaches it, so what is made is plain, and stays where it is.
+    with ThreadPoolExecutor(max_workers=1) as fresh:
+        made = fresh.submit(build).result()
+    # Two callers may build the same; the first to finish is kept, as a kernel may hold it already.
+    return _held.setdefault(key, made)
 
 
-def _copied(vector, device: torch.device) -> Tensor:
-    """A NumPy vector as a plain tensor on the device, whatever is being traced around the call."""
-    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
-        # Pageable memory: the copy is complete, for every stream, when the call returns.
-        return torch.tensor(vector, device=device)
+def _copied(vector: Any, device: torch.device) -> Tensor:
+    # Pageable memory: the copy is complete, for every stream, when the call returns.
+    return torch.tensor(vector, device=device)

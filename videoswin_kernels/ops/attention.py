@@ -54,8 +54,9 @@ def window_attention(
     Padded places are keys like any other, with the values of `pad_qkv`; what they would output is
     dropped.
 
-    Precision follows upstream under mixed precision: q * scale, the scores and the probabilities
-    are rounded to the dtype of qkv; bias, mask and softmax are float32 (float64 for float64).
+    Bias, mask and softmax are float32 (float64 for float64). The reference rounds as upstream does
+    under mixed precision: q * scale, the scores and the probabilities to the dtype of qkv. Fused
+    kernels round the weights of the values alone, before they are divided by their sum.
 
     Args:
         qkv: [B, D, H, W, 3C], channels packed (3, heads, E), as one Linear writes them; float64,
@@ -170,7 +171,8 @@ def _outputs(
 ) -> tuple:
     """The result and, for the gradient, the log-sum-exp of each token's scores."""
     batch, *grid, packed = qkv.shape
-    log_sum_exp = qkv.new_empty((batch, num_heads, prod(grid)), dtype=torch.float32)
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    log_sum_exp = qkv.new_empty((batch, num_heads, prod(grid)), dtype=wide)
     return qkv.new_empty((batch, *grid, packed // 3)), log_sum_exp
 
 
@@ -207,11 +209,11 @@ def _grads(
     needs_pad: bool,
 ) -> tuple:
     """The gradients of qkv, bias_table and pad_qkv, of size 0 where they are not needed."""
-    table = bias_table.shape if needs_table else (0,)
+    wide = log_sum_exp.dtype
     return (
         qkv.new_empty(qkv.shape if needs_qkv else (0,)),
-        bias_table.new_empty(table, dtype=torch.float32),
-        qkv.new_empty(qkv.shape[-1:] if needs_pad else (0,), dtype=torch.float32),
+        bias_table.new_empty(bias_table.shape if needs_table else (0,), dtype=wide),
+        qkv.new_empty(qkv.shape[-1:] if needs_pad else (0,), dtype=wide),
     )
 
 
@@ -248,8 +250,15 @@ declare(
         "-> (Tensor grad_qkv, Tensor grad_table, Tensor grad_pad)",
         file="attention",
         outputs=_grads,
-        vectors=lambda *inputs: (window_vectors, inputs[1].shape[1:4], inputs[6], inputs[7]),
+        vectors=lambda _grad, qkv, _table, _pad, _out, _lse, window, shift, *_: (
+            window_vectors,
+            qkv.shape[1:4],
+            window,
+            shift,
+        ),
         # q k^T again, and the gradients of v, p, q and k.
-        flops=lambda *inputs: 10 * _score_products(inputs[1], inputs[6], inputs[7]),
+        flops=lambda _grad, qkv, _table, _pad, _out, _lse, window, shift, *_: (
+            10 * _score_products(qkv, window, shift)
+        ),
     )
 )

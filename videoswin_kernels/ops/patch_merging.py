@@ -70,7 +70,8 @@ def _outputs(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.d
     """The result and, for the gradient, mean and 1 / deviation of each of its rows."""
     batch, depth, height, width, channels = x.shape
     merged = (batch, depth, (height + 1) // 2, (width + 1) // 2)
-    mean, rstd = (x.new_empty(prod(merged), dtype=torch.float32) for _ in range(2))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    mean, rstd = (x.new_empty(prod(merged), dtype=wide) for _ in range(2))
     return x.new_empty((*merged, 4 * channels), dtype=dtype), mean, rstd
 
 
@@ -111,7 +112,7 @@ def _grads(
 ) -> tuple:
     """The gradients of x, weight and bias, of size 0 where they are not needed."""
     affine = weight.shape if needs_affine else (0,)
-    grad_weight, grad_bias = (weight.new_empty(affine, dtype=torch.float32) for _ in range(2))
+    grad_weight, grad_bias = (weight.new_empty(affine, dtype=mean.dtype) for _ in range(2))
     return x.new_empty(x.shape if needs_x else (0,)), grad_weight, grad_bias
 
 

@@ -102,7 +102,8 @@ def _outputs(
     dtype: torch.dtype,
 ) -> tuple:
     """The results and, for the gradient, mean and 1 / deviation of each row."""
-    mean, rstd = (x.new_empty(prod(x.shape[:4]), dtype=torch.float32) for _ in range(2))
+    wide, rows = torch.promote_types(x.dtype, torch.float32), prod(x.shape[:4])
+    mean, rstd = (x.new_empty(rows, dtype=wide) for _ in range(2))
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype), mean, rstd
 
 
@@ -122,6 +123,9 @@ def _gradient(
         return (None,) * 7
     total, weight, mean, rstd, branch_scale = ctx.saved_tensors
     needs_x, needs_branch, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+    if grad_norm is None:
+        # Only the sum was used, which knows nothing of weight and bias.
+        needs_weight = needs_bias = False
     # Without a factor, and in one dtype, both halves of a sum have one gradient: written once.
     is_shared = needs_branch and branch_scale is None and ctx.branch_dtype == total.dtype
     grad_x, grad_branch, grad_weight, grad_bias = operators.residual_norm_backward(
@@ -165,7 +169,7 @@ def _grads(
 ) -> tuple:
     """The gradients of x, branch, weight and bias, of size 0 where they are not needed."""
     affine = weight.shape if needs_affine else (0,)
-    grad_weight, grad_bias = (weight.new_empty(affine, dtype=torch.float32) for _ in range(2))
+    grad_weight, grad_bias = (weight.new_empty(affine, dtype=mean.dtype) for _ in range(2))
     return (
         total.new_empty(total.shape if needs_x else (0,)),
         total.new_empty(total.shape if needs_branch else (0,), dtype=branch_dtype),

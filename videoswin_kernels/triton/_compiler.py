@@ -9,7 +9,6 @@ import torch
 import triton
 from torch import Tensor
 
-VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # Whether kernels are interpreted is settled when they are defined, once for a process.
 IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -43,4 +42,15 @@ def architecture(x: Tensor) -> int:
 
 def dot_precision() -> str:
     """How float32 products are taken: exactly, unless torch's own switch allows TF32."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # Its older getters raise once the newer switch was used; this one knows of both.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def blocks(count: int, size: int) -> int:
+    """How many blocks of a size cover a count; Triton's own function is slow on the host."""
+    return -(-count // size)
+
+
+def power_of_2(count: int) -> int:
+    """The least power of 2 that is not below a count."""
+    return 1 << (count - 1).bit_length()

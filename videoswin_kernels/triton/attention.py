@@ -2,7 +2,8 @@
 
 The bias is expanded once per call to [heads, N, N], in units of log 2: a gather from the table for
 each score would cost more than the score. Programs run head by head, so that one head's bias stays
-in the L2 cache while all windows pass.
+in the L2 cache while all windows pass. It is read from there for each window, 4 bytes a score,
+which is more than all else that is read.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from videoswin_kernels.ops._vectors import WindowVectors
-from videoswin_kernels.triton._compiler import architecture, dot_precision, launch
+from videoswin_kernels.triton._compiler import (
+    architecture,
+    blocks,
+    dot_precision,
+    launch,
+    power_of_2,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -42,26 +49,39 @@ def configuration(
     if dtype == torch.float32:
         queries, keys = 32, 32 if head_width <= 32 else 16
     else:
-        # By the compiler's own count, 64 keys spill on all but Hopper.
-        queries, keys = 64, 64 if 90 <= architecture < 100 else 32
-    most = max(16, triton.next_power_of_2(tokens))
+        # 64 keys spill before Hopper, by the count of Triton 3.9's compiler (2026-11-22).
+        queries, keys = 64, 64 if architecture >= 90 else 32
+    most = max(16, power_of_2(tokens))
     return Configuration(min(queries, most), min(keys, most), num_warps=4, num_stages=2)
 
 
-@triton.jit
-def expand_bias_kernel(table, code, bias, offset, tokens, stride, num_heads, BLOCK: tl.constexpr):
-    """bias[head, i, j] = table[code[i] - code[j] + offset, head] * log2(e)."""
+@triton.jit(do_not_specialize=["offset", "tokens"])
+def expand_bias_kernel(
+    table,
+    code,
+    bias,
+    offset,
+    tokens,
+    stride,
+    num_heads,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+):
+    """bias[head, i, j] = table[code[i] - code[j] + offset, head] * log2(e), -inf for j >= N."""
     query = tl.program_id(0)
-    head = tl.program_id(1)
-    key = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    key = tl.program_id(1) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    head = tl.arange(0, BLOCK_HEADS)
+    is_head = (head < num_heads)[None, :]
     is_key = key < tokens
     row = tl.load(code + query) - tl.load(code + key, mask=is_key, other=0) + offset
-    value = tl.load(table + row.to(tl.int64) * num_heads + head, mask=is_key, other=0)
-    at = (head.to(tl.int64) * tokens + query) * stride + key
-    tl.store(bias + at, value.to(tl.float32) * LOG2_E, mask=is_key)
+    at = row.to(tl.int64)[:, None] * num_heads + head[None, :]
+    value = tl.load(table + at, mask=is_key[:, None] & is_head, other=0).to(tl.float32) * LOG2_E
+    value = tl.where(is_key[:, None], value, float("-inf"))
+    at = (head.to(tl.int64)[None, :] * tokens + query) * stride + key[:, None]
+    tl.store(bias + at, value, mask=(key < stride)[:, None] & is_head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_grid", "num_windows", "tokens", "windows_of_all", "tiles"])
 def attention_forward_kernel(
     qkv,
     pad_qkv,
@@ -77,6 +97,7 @@ def attention_forward_kernel(
     bias_stride,
     num_heads,
     windows_of_all,
+    tiles,
     scale,
     HAS_PADDING: tl.constexpr,
     HAS_PAD_QKV: tl.constexpr,
@@ -87,7 +108,6 @@ def attention_forward_kernel(
     BLOCK_KEYS: tl.constexpr,
 ):
     """out[i] = sum over j of softmax(scale * q[i] . k[j] + bias[i, j] + mask[i, j]) * v[j]."""
-    tiles = tl.cdiv(tokens, BLOCK_QUERIES)
     tile = tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles // windows_of_all
     window_of_all = tl.program_id(0) // tiles % windows_of_all
@@ -126,23 +146,25 @@ def attention_forward_kernel(
         k = tl.load(qkv + k_at, mask=is_token, other=0)
         v = tl.load(qkv + k_at + channels, mask=is_token, other=0)
         if HAS_PADDING and HAS_PAD_QKV:
-            k = tl.where(is_token, k, pad_k)
-            v = tl.where(is_token, v, pad_v)
+            is_pad = (key_token < 0) & is_key
+            k = tl.where(is_pad[:, None], pad_k, k)
+            v = tl.where(is_pad[:, None], pad_v, v)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
-        scores += tl.load(bias + key[None, :], mask=is_query[:, None] & is_key[None, :], other=0)
+        # -inf beyond the window, where there is no key, so the tile needs no mask of its own.
+        scores += tl.load(bias + key[None, :], mask=is_query[:, None], other=0)
         # Nested: without a mask the inner condition would not be there to compile.
         if HAS_MASK:  # noqa: SIM102
             if is_mixed:
                 key_region = tl.load(region + key, mask=is_key, other=0)
                 differs = query_region[:, None] != key_region[None, :]
                 scores += tl.where(differs, MASKED * LOG2_E, 0.0)
-        # What lies beyond the window is no key; its first tile always has one.
-        scores = tl.where(is_key[None, :], scores, float("-inf"))
 
         before = highest
         highest = tl.maximum(before, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - highest[:, None])
-        fading = tl.exp2(before - highest)
+        # A tile may hold nothing but scores of -inf, and -inf - -inf is not a number.
+        level = tl.where(highest == float("-inf"), 0.0, highest)
+        weights = tl.exp2(scores - level[:, None])
+        fading = tl.exp2(before - level)
         total = total * fading + tl.sum(weights, axis=1)
         result *= fading[:, None]
         result += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
@@ -165,13 +187,12 @@ def launch_window_attention(
     vectors: WindowVectors,
 ) -> None:
     clips, head_width, tokens = len(qkv), out.shape[-1] // num_heads, vectors.tokens_per_window
-    bias, bias_stride = expand_bias(bias_table, vectors)
     chosen = configuration(architecture(qkv), qkv.dtype, tokens, head_width)
-    windows = clips * vectors.num_windows
-    grid = (num_heads * windows * triton.cdiv(tokens, chosen.block_queries),)
+    bias = expand_bias(bias_table, vectors, chosen.block_keys)
+    windows, tiles = clips * vectors.num_windows, blocks(tokens, chosen.block_queries)
     launch(
         attention_forward_kernel,
-        grid,
+        (num_heads * windows * tiles,),
         qkv,
         pad_qkv,
         bias,
@@ -183,14 +204,15 @@ def launch_window_attention(
         len(vectors.target),
         vectors.num_windows,
         tokens,
-        bias_stride,
+        bias.shape[-1],
         num_heads,
         windows,
+        tiles,
         scale,
         HAS_PADDING=vectors.has_padding,
         HAS_PAD_QKV=pad_qkv is not None,
         HAS_MASK=vectors.has_mask,
-        PRECISION=dot_precision(),
+        PRECISION=dot_precision() if qkv.dtype == torch.float32 else "ieee",
         HEAD_WIDTH=head_width,
         BLOCK_QUERIES=chosen.block_queries,
         BLOCK_KEYS=chosen.block_keys,
@@ -199,16 +221,17 @@ def launch_window_attention(
     )
 
 
-def expand_bias(bias_table: Tensor, vectors: WindowVectors) -> tuple[Tensor, int]:
-    """float32 [heads, N, stride] in units of log 2, and its stride: N to whole 64 bytes."""
+def expand_bias(bias_table: Tensor, vectors: WindowVectors, block_keys: int) -> Tensor:
+    """float32 [heads, N, N to whole tiles of keys] in units of log 2, -inf beyond the window."""
     tokens, num_heads = vectors.tokens_per_window, bias_table.shape[1]
-    stride = triton.cdiv(tokens, 16) * 16
+    stride = blocks(tokens, block_keys) * block_keys
     shape = (num_heads, tokens, stride)
     bias = torch.empty(shape, dtype=torch.float32, device=bias_table.device)
-    block = min(1024, triton.next_power_of_2(tokens))
+    block_heads = power_of_2(num_heads)
+    block = max(16, 2048 // block_heads)
     launch(
         expand_bias_kernel,
-        (tokens, num_heads, triton.cdiv(tokens, block)),
+        (tokens, blocks(stride, block)),
         bias_table,
         vectors.code,
         bias,
@@ -216,9 +239,10 @@ def expand_bias(bias_table: Tensor, vectors: WindowVectors) -> tuple[Tensor, int
         tokens,
         stride,
         num_heads,
-        BLOCK=block,
+        BLOCK_KEYS=block,
+        BLOCK_HEADS=block_heads,
     )
-    return bias, stride
+    return bias
 
 
 def launch_window_attention_backward(*arguments: Tensor) -> None:

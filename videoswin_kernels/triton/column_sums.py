@@ -7,22 +7,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from videoswin_kernels.triton._compiler import launch
+from videoswin_kernels.triton._compiler import blocks, launch
 
-# Programs of a first stage, about: several for each multiprocessor of a large card, yet few enough
-# that their partial sums are small beside the tokens. Not taken from the card: a gradient is to be
-# the same bits on every one.
+# Programs of a first stage, about, or one a clip where clips are more: several for each
+# multiprocessor of a large card, yet few enough that their partial sums are small beside the
+# tokens. Not taken from the card: a gradient is to be the same bits on every one.
 PARTS = 1024
 
 
-def split(rows: int, clips: int, block_rows: int) -> tuple[int, int]:
-    """How a first stage divides its work: (blocks of rows for each program, programs a clip)."""
-    blocks = triton.cdiv(rows, block_rows)
-    steps = triton.cdiv(clips * blocks, PARTS)
-    return steps, triton.cdiv(blocks, steps)
+def split(count: int, clips: int = 1) -> tuple[int, int]:
+    """How a first stage divides the blocks of a clip: (blocks a program, programs a clip)."""
+    steps = min(count, blocks(clips * count, PARTS))
+    return steps, blocks(count, steps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def column_sums_kernel(
     partial, first, second, parts, channels, BLOCK_PARTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
 ):
@@ -46,7 +45,7 @@ def column_sums_kernel(
 def column_sums(first: Tensor, second: Tensor, partial: Tensor) -> None:
     """Fills two float32 vectors [C] with the sums of partial [P, 2, C] over P."""
     parts, _, channels = partial.shape
-    grid = (triton.cdiv(channels, 16), 2)
+    grid = (blocks(channels, 16), 2)
     launch(
         column_sums_kernel,
         grid,

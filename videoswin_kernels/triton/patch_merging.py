@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from videoswin_kernels.triton._compiler import launch
+from videoswin_kernels.triton._compiler import blocks, launch, power_of_2
 from videoswin_kernels.triton.column_sums import column_sums, empty_partial, split
 
 
 def tile(channels: int) -> tuple[int, int, int]:
     """(merged rows of a tile, channels of a token, warps): about 16 elements a thread."""
-    block = triton.next_power_of_2(channels)
+    block = power_of_2(channels)
     rows = max(1, 2048 // (4 * block))
     return rows, block, min(16, max(4, rows * block // 128))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "rows", "blocks_per_clip"])
 def patch_merging_forward_kernel(
     x,
     index,
@@ -29,15 +31,15 @@ def patch_merging_forward_kernel(
     rstd,
     tokens,
     rows,
+    blocks_per_clip,
     channels,
     eps,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
     """out[row] = LayerNorm of the four tokens index[row] side by side; -1 is a token of zeros."""
-    blocks = tl.cdiv(rows, BLOCK_ROWS)
-    clip = (tl.program_id(0) // blocks).to(tl.int64)
-    row = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    clip = (tl.program_id(0) // blocks_per_clip).to(tl.int64)
+    row = (tl.program_id(0) % blocks_per_clip).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     corner = tl.arange(0, 4)
     column = tl.arange(0, BLOCK_CHANNELS)
     is_row, is_column = row < rows, column < channels
@@ -64,7 +66,7 @@ def patch_merging_forward_kernel(
     tl.store(rstd + clip * rows + row, scale, mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "rows", "programs_per_clip", "steps"])
 def patch_merging_backward_kernel(
     grad,
     x,
@@ -76,6 +78,7 @@ def patch_merging_backward_kernel(
     partial,
     tokens,
     rows,
+    programs_per_clip,
     channels,
     steps,
     NEEDS_X: tl.constexpr,
@@ -84,9 +87,8 @@ def patch_merging_backward_kernel(
     BLOCK_CHANNELS: tl.constexpr,
 ):
     """Gradient of each token, which is in one row, and this program's share of the affine ones."""
-    programs = tl.cdiv(tl.cdiv(rows, BLOCK_ROWS), steps)
-    clip = (tl.program_id(0) // programs).to(tl.int64)
-    first = (tl.program_id(0) % programs).to(tl.int64) * steps * BLOCK_ROWS
+    clip = (tl.program_id(0) // programs_per_clip).to(tl.int64)
+    first = (tl.program_id(0) % programs_per_clip).to(tl.int64) * steps * BLOCK_ROWS
     corner = tl.arange(0, 4)
     column = tl.arange(0, BLOCK_CHANNELS)
     is_column = column < channels
@@ -138,9 +140,10 @@ def launch_patch_merging(
 ) -> None:
     clips, channels, rows = len(x), x.shape[-1], len(index) // 4
     block_rows, block, warps = tile(channels)
+    blocks_per_clip = blocks(rows, block_rows)
     launch(
         patch_merging_forward_kernel,
-        (clips * triton.cdiv(rows, block_rows),),
+        (clips * blocks_per_clip,),
         x,
         index,
         weight,
@@ -148,8 +151,9 @@ def launch_patch_merging(
         out,
         mean,
         rstd,
-        x[0].numel() // channels,
+        prod(x.shape[1:4]),
         rows,
+        blocks_per_clip,
         channels,
         eps,
         BLOCK_ROWS=block_rows,
@@ -173,7 +177,7 @@ def launch_patch_merging_backward(
 ) -> None:
     clips, channels, rows = len(x), x.shape[-1], len(index) // 4
     block_rows, block, warps = tile(channels)
-    steps, programs = split(rows, clips, block_rows)
+    steps, programs = split(blocks(rows, block_rows), clips)
     partial = empty_partial(x, clips * programs if needs_affine else 0, 4 * channels)
     launch(
         patch_merging_backward_kernel,
@@ -186,8 +190,9 @@ def launch_patch_merging_backward(
         rstd,
         grad_x,
         partial,
-        x[0].numel() // channels,
+        prod(x.shape[1:4]),
         rows,
+        programs,
         channels,
         steps,
         NEEDS_X=needs_x,

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from videoswin_kernels.triton._compiler import launch
+from videoswin_kernels.triton._compiler import blocks, launch, power_of_2
 from videoswin_kernels.triton.column_sums import column_sums, empty_partial, split
 
 
 def tile(channels: int) -> tuple[int, int, int]:
     """(rows of a tile, channels of a tile, warps): about 16 elements a thread."""
-    block = triton.next_power_of_2(channels)
+    block = power_of_2(channels)
     rows = max(1, 2048 // block)
     return rows, block, min(16, max(4, rows * block // 512))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens"])
 def residual_norm_forward_kernel(
     x,
     branch,
@@ -29,6 +31,7 @@ def residual_norm_forward_kernel(
     norm,
     mean,
     rstd,
+    rows,
     tokens,
     channels,
     eps,
@@ -37,16 +40,14 @@ def residual_norm_forward_kernel(
     BLOCK_CHANNELS: tl.constexpr,
 ):
     """total = x + branch_scale * branch; norm = LayerNorm(total)."""
-    blocks = tl.cdiv(tokens, BLOCK_ROWS)
-    clip = (tl.program_id(0) // blocks).to(tl.int64)
-    token = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_CHANNELS)
-    is_token, is_column = token < tokens, (column < channels)[None, :]
-    row = clip * tokens + token
-    at, inside = row[:, None] * channels + column[None, :], is_token[:, None] & is_column
+    is_row, is_column = row < rows, (column < channels)[None, :]
+    at, inside = row[:, None] * channels + column[None, :], is_row[:, None] & is_column
     step = tl.load(branch + at, mask=inside, other=0).to(tl.float32)
     if HAS_SCALE:
-        step *= tl.load(branch_scale + clip).to(tl.float32)
+        factor = tl.load(branch_scale + row // tokens, mask=is_row, other=0)
+        step *= factor.to(tl.float32)[:, None]
     rounded = (tl.load(x + at, mask=inside, other=0).to(tl.float32) + step).to(
         total.dtype.element_ty
     )
@@ -61,11 +62,11 @@ def residual_norm_forward_kernel(
 
     tl.store(total + at, rounded, mask=inside)
     tl.store(norm + at, normed.to(norm.dtype.element_ty), mask=inside)
-    tl.store(mean + row, centre, mask=is_token)
-    tl.store(rstd + row, scale, mask=is_token)
+    tl.store(mean + row, centre, mask=is_row)
+    tl.store(rstd + row, scale, mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens", "steps"])
 def residual_norm_backward_kernel(
     grad_total,
     grad_norm,
@@ -77,6 +78,7 @@ def residual_norm_backward_kernel(
     grad_x,
     grad_branch,
     partial,
+    rows,
     tokens,
     channels,
     steps,
@@ -90,29 +92,23 @@ def residual_norm_backward_kernel(
     BLOCK_CHANNELS: tl.constexpr,
 ):
     """Gradients of x and branch, and this program's share of those of weight and bias."""
-    programs = tl.cdiv(tl.cdiv(tokens, BLOCK_ROWS), steps)
-    clip = (tl.program_id(0) // programs).to(tl.int64)
-    first = (tl.program_id(0) % programs).to(tl.int64) * steps * BLOCK_ROWS
+    first = tl.program_id(0).to(tl.int64) * steps * BLOCK_ROWS
     column = tl.arange(0, BLOCK_CHANNELS)
     is_column = column < channels
     w = tl.load(weight + column, mask=is_column, other=0).to(tl.float32)[None, :]
-    factor = 1.0
-    if HAS_SCALE:
-        factor = tl.load(branch_scale + clip).to(tl.float32)
     grad_weight = tl.zeros((BLOCK_CHANNELS,), dtype=tl.float32)
     grad_bias = tl.zeros((BLOCK_CHANNELS,), dtype=tl.float32)
     for step in range(steps):
-        token = first + step * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        is_token = token < tokens
-        row = clip * tokens + token
+        row = first + step * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        is_row = row < rows
         at = row[:, None] * channels + column[None, :]
-        inside = is_token[:, None] & is_column[None, :]
+        inside = is_row[:, None] & is_column[None, :]
         grad = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), dtype=tl.float32)
         if HAS_NORM:
             up = tl.load(grad_norm + at, mask=inside, other=0).to(tl.float32)
             value = tl.load(total + at, mask=inside, other=0).to(tl.float32)
-            scale = tl.load(rstd + row, mask=is_token, other=0)[:, None]
-            normed = (value - tl.load(mean + row, mask=is_token, other=0)[:, None]) * scale
+            scale = tl.load(rstd + row, mask=is_row, other=0)[:, None]
+            normed = (value - tl.load(mean + row, mask=is_row, other=0)[:, None]) * scale
 
             weighted = up * w
             along = tl.sum(weighted * normed, axis=1) / channels
@@ -126,9 +122,10 @@ def residual_norm_backward_kernel(
         if NEEDS_X:
             tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=inside)
         if NEEDS_BRANCH:
-            tl.store(
-                grad_branch + at, (grad * factor).to(grad_branch.dtype.element_ty), mask=inside
-            )
+            if HAS_SCALE:
+                factor = tl.load(branch_scale + row // tokens, mask=is_row, other=0)
+                grad *= factor.to(tl.float32)[:, None]
+            tl.store(grad_branch + at, grad.to(grad_branch.dtype.element_ty), mask=inside)
     if NEEDS_AFFINE:
         at = 2 * tl.program_id(0).to(tl.int64) * channels + column
         tl.store(partial + at, grad_weight, mask=is_column)
@@ -148,12 +145,12 @@ def launch_residual_norm(
     eps: float,
     dtype: torch.dtype,
 ) -> None:
-    clips, channels = len(x), x.shape[-1]
-    tokens = x[0].numel() // channels
-    rows, block, warps = tile(channels)
+    channels, tokens = x.shape[-1], prod(x.shape[1:4])
+    rows = len(x) * tokens
+    block_rows, block, warps = tile(channels)
     launch(
         residual_norm_forward_kernel,
-        (clips * triton.cdiv(tokens, rows),),
+        (blocks(rows, block_rows),),
         x,
         branch,
         weight,
@@ -163,11 +160,12 @@ def launch_residual_norm(
         norm,
         mean,
         rstd,
+        rows,
         tokens,
         channels,
         eps,
         HAS_SCALE=branch_scale is not None,
-        BLOCK_ROWS=rows,
+        BLOCK_ROWS=block_rows,
         BLOCK_CHANNELS=block,
         num_warps=warps,
     )
@@ -190,14 +188,14 @@ def launch_residual_norm_backward(
     needs_branch: bool,
     needs_affine: bool,
 ) -> None:
-    clips, channels = len(total), total.shape[-1]
-    tokens = total[0].numel() // channels
-    rows, block, warps = tile(channels)
-    steps, programs = split(tokens, clips, rows)
-    partial = empty_partial(total, clips * programs if needs_affine else 0, channels)
+    channels, tokens = total.shape[-1], prod(total.shape[1:4])
+    rows = len(total) * tokens
+    block_rows, block, warps = tile(channels)
+    steps, programs = split(blocks(rows, block_rows))
+    partial = empty_partial(total, programs if needs_affine else 0, channels)
     launch(
         residual_norm_backward_kernel,
-        (clips * programs,),
+        (programs,),
         grad_total,
         grad_norm,
         total,
@@ -208,6 +206,7 @@ def launch_residual_norm_backward(
         grad_x,
         grad_branch,
         partial,
+        rows,
         tokens,
         channels,
         steps,
@@ -217,7 +216,7 @@ def launch_residual_norm_backward(
         NEEDS_X=needs_x,
         NEEDS_BRANCH=needs_branch,
         NEEDS_AFFINE=needs_affine,
-        BLOCK_ROWS=rows,
+        BLOCK_ROWS=block_rows,
         BLOCK_CHANNELS=block,
         num_warps=warps,
     )
