@@ -39,8 +39,10 @@ def check_triple(where: str, name: str, value: object, minimum: int | None) -> T
         raise TypeError(expected())
     items = tuple(value)
     for item in items:
-        # SymInt (a traced size) is no int and no numpy integer, but has __index__ as they do.
-        if isinstance(item, bool) or not hasattr(item, "__index__"):
+        # SymInt (a traced size) is no int and no numpy integer, but has __index__ as they do; the
+        # compiler takes it for an int, and older ones cannot ask it for an attribute.
+        is_integer = isinstance(item, int) or hasattr(item, "__index__")
+        if isinstance(item, bool) or not is_integer:
             raise TypeError(expected())
     # NumPy's integers become Python's: only those can be arguments of a registered operator.
     items = tuple(int(item) if isinstance(item, np.integer) else item for item in items)
