@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from videoswin_kernels.ops._vectors import WindowVectors
+from videoswin_kernels.selection import CURE, UnavailableError
 from videoswin_kernels.triton._compiler import (
     architecture,
     blocks,
@@ -246,6 +247,4 @@ def expand_bias(bias_table: Tensor, vectors: WindowVectors, block_keys: int) -> 
 
 
 def launch_window_attention_backward(*arguments: Tensor) -> None:
-    raise RuntimeError(
-        "window_attention: the Triton attention has no backward yet; use kernels='reference'"
-    )
+    raise UnavailableError(f"window_attention: the Triton attention has no backward yet; {CURE}")
