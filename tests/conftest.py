@@ -61,11 +61,8 @@ def server(monkeypatch):
 
 
 @pytest.fixture
-def far(monkeypatch):
-    """Moves the values of a tensor to where offsets pass 2^31, by a stride along one axis.
-
-    They lie in a virtual allocation of 2^32 elements, of which no other page is touched.
-    """
+def untouched(monkeypatch):
+    """Makes tensors larger than there is memory for, of which few pages are ever touched."""
     copy = torch.UntypedStorage.copy_
 
     def copy_others(self, source, *options):
@@ -75,15 +72,24 @@ def far(monkeypatch):
 
     monkeypatch.setattr(torch.UntypedStorage, "copy_", copy_others)
 
+    def make(*shape, dtype, device="cpu"):
+        with monkeypatch.context() as context:
+            context.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+            try:
+                return torch.empty(*shape, dtype=dtype, device=device)
+            except RuntimeError as error:
+                pytest.skip(f"no room for {list(shape)}: {str(error).splitlines()[0]}")
+
+    return make
+
+
+@pytest.fixture
+def far(untouched):
+    """Moves the values of a tensor to where offsets pass 2^31, by a stride along one axis."""
+
     def spread(x, axis=0):
         assert x.shape[axis] == 2
-        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-        try:
-            memory = torch.empty(2**32, dtype=x.dtype, device=x.device)
-        except RuntimeError as error:
-            pytest.skip(f"no room for 2^32 elements: {str(error).splitlines()[0]}")
-        finally:
-            monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+        memory = untouched(2**32, dtype=x.dtype, device=x.device)
         strides = list(x.contiguous().stride())
         strides[axis] = 2**31 + 2**10
         return memory.as_strided(x.shape, strides).copy_(x.detach())

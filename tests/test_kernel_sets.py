@@ -2,6 +2,10 @@
 
 import importlib.util
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import operator_suite as suite
 import pytest
@@ -116,3 +120,34 @@ def test_the_golden_cases_forward(case, run):
     assert calls.names.count("patch_merging") == 1
     theirs = error(torchvisions(case)["output"], tensors["output"])
     assert error(out, tensors["output"]) <= 2 * theirs + torch.finfo(torch.float32).eps
+
+
+def test_an_operator_reached_around_the_selection_refuses_bfloat16_interpreted():
+    if not suite.Run("triton", "cpu").is_interpreted:
+        pytest.skip("Triton is not interpreted")
+    x, weight = torch.ones(1, 1, 2, 2, 16, dtype=torch.bfloat16), torch.ones(64)
+    with pytest.raises(
+        RuntimeError, match=r"_kernel: Triton's interpreter computes bfloat16 wrong"
+    ):
+        torch.ops.videoswin_triton.patch_merging(x, weight, weight, 1e-5, x.dtype)
+    # Moved as integers, it is only moved.
+    assert torch.equal(torch.ops.videoswin_triton.cyclic_shift(x, [0, 1, 0]), x)
+
+
+def test_an_operator_reached_around_the_selection_names_what_it_needs():
+    program = (
+        "import torch, videoswin_kernels; "
+        "torch.ops.videoswin_triton.cyclic_shift(torch.ones(1, 1, 2, 2, 4), [0, 1, 0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[1],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = done.stderr.splitlines()[-1]
+    assert re.search(r"gather_rows_kernel: Triton's kernels run on CUDA tensors .*; move", said), (
+        said
+    )

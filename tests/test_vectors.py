@@ -98,3 +98,19 @@ def test_a_fake_kernel_warms_a_gpu_that_is_there_for_sizes_that_are_known(gpu):
     assert not _vectors._held
     warm(window_vectors, "window_attention", *axes, device=gpu)
     assert [key[-1] for key in _vectors._held] == [gpu]
+
+
+def test_every_fake_kernel_with_a_geometry_warms(gpu):
+    operators = torch.ops.videoswin_triton
+    with FakeTensorMode():
+        x, weight = torch.empty(1, 3, 5, 4, 48, device=gpu), torch.empty(192, device=gpu)
+        operators.cyclic_shift(x, SHIFT)
+        windows = operators.window_partition(x, WINDOW, SHIFT)
+        assert len(_vectors._held) == 2
+        operators.window_reverse(windows, (3, 4, 5), WINDOW, SHIFT)
+        operators.patch_merging(x, weight, weight, 1e-5, torch.float32)
+        assert len(_vectors._held) == 4
+        table = torch.empty(75, 1, device=gpu)
+        operators.window_attention(x, table, None, (2, 3, 3), (0, 1, 1), 1, 0.25)
+    kinds = [key[0] for key in _vectors._held]
+    assert kinds == ["shift", "window", "window", "merge", "window"]

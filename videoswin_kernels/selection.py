@@ -63,6 +63,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_WIDTHS = (16, 32, 64)
 TRITON_VERSION = (3, 6)
 CAPABILITY = (8, 0)
+NOT_INTERPRETED = (
+    "Triton's kernels run on CUDA tensors (on those of a CPU only interpreted, for tests, "
+    "which takes TRITON_INTERPRET=1 in the environment from the start)"
+)
+WRONG_IF_INTERPRETED = "Triton's interpreter computes bfloat16 wrongly, without saying so"
 CURE = "use kernels='reference' or kernels='auto'"
 
 
@@ -160,12 +165,9 @@ def _against_triton(call: Call) -> str | None:
             return f"Triton's kernels need a GPU of compute capability {needed}, this has {found}"
         return compiler.why_not_started()
     if not compiler.IS_INTERPRETED:
-        return (
-            "Triton's kernels run on CUDA tensors (on those of a CPU only interpreted, for tests, "
-            "which takes TRITON_INTERPRET=1 in the environment from the start)"
-        )
+        return NOT_INTERPRETED
     if torch.bfloat16 in call.dtypes and call.operator not in MOVEMENT:
-        return "Triton's interpreter computes bfloat16 wrongly, without saying so"
+        return WRONG_IF_INTERPRETED
     return None
 
 

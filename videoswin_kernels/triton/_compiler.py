@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from videoswin_kernels.selection import NOT_INTERPRETED, WRONG_IF_INTERPRETED, UnavailableError
+
 # Whether kernels are interpreted is settled when they are defined, once for a process.
 IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -23,9 +25,22 @@ def why_not_started() -> str | None:
     return None
 
 
+def check_tensors(kernel: str, tensors: list[Tensor]) -> None:
+    """Raises UnavailableError where a kernel cannot run on these, or would run wrongly.
+
+    Exported programs, and calls of `torch.ops`, come here without asking `selection.py`.
+    """
+    if not IS_INTERPRETED and not tensors[0].is_cuda:
+        raise UnavailableError(f"{kernel}: {NOT_INTERPRETED}; move the tensors to a GPU")
+    if IS_INTERPRETED and any(each.dtype == torch.bfloat16 for each in tensors):
+        raise UnavailableError(f"{kernel}: {WRONG_IF_INTERPRETED}; use float32 or float16")
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Runs a kernel on the GPU of its tensors; the multiply-adds of its float32 may be fused."""
-    device = next(each.device for each in arguments if isinstance(each, Tensor))
+    tensors = [each for each in arguments if isinstance(each, Tensor)]
+    check_tensors(kernel.__name__, tensors)
+    device = tensors[0].device
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
         # Said here: Triton is about to change its default, and warns where nothing is said.
