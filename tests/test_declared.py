@@ -312,3 +312,14 @@ def test_gradients_are_the_same_bits_on_every_run(operator, run):
     first = grads()
     for _ in range(2 if run.is_interpreted else 10):
         assert all(map(torch.equal, first, grads()))
+
+
+@suite.every("residual_norm", compiled=True)
+def test_statistics_carry_no_gradient(run):
+    x, weight = torch.ones(1, 1, 2, 2, 4, requires_grad=True), torch.ones(16, requires_grad=True)
+    merged = run.plain(run.operator("patch_merging"), x, weight, weight, 1e-5, x.dtype)
+    normed = run.plain(
+        run.operator("residual_norm"), x, x, weight[:4], weight[:4], None, 1e-5, x.dtype
+    )
+    assert [each.requires_grad for each in merged] == [True, False, False]
+    assert [each.requires_grad for each in normed] == [True, True, False, False]
