@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from videoswin_kernels import testing
 from videoswin_kernels.ops._declare import NAMESPACES
-from videoswin_kernels.triton import _compiler, attention
+from videoswin_kernels.triton import _compiler, attention, attention_backward
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -128,12 +129,16 @@ def launches(recorder, dtypes, widths, channels):
 
 
 def attend(case, width, dtype, heads=3):
-    """Attention with and without values for padding."""
+    """Attention with and without values for padding, and each set of gradients it can be asked."""
     qkv = torch.empty(1, *case.grid, 3 * heads * width, dtype=dtype)
     depth, height, width_of_window = case.window
     table = torch.empty((2 * depth - 1) * (2 * height - 1) * (2 * width_of_window - 1), heads)
     for pad in (None, torch.empty(3 * heads * width, dtype=dtype)):
-        OPERATORS.window_attention(qkv, table, pad, case.window, case.shift, heads, 0.2)
+        options = (case.window, case.shift, heads, 0.2)
+        out, log_sum_exp = OPERATORS.window_attention(qkv, table, pad, *options)
+        saved = (out, qkv, table, pad, out, log_sum_exp, *options)
+        for needs in product((True, False), (True,), (pad is not None, False)):
+            OPERATORS.window_attention_backward(*saved, *needs)
 
 
 def merge(x, weight):
@@ -166,6 +171,7 @@ if __name__ == "__main__":
     choice = ((torch.float16,), (32,), (96,)) if arguments.quick else everything
     for number in arguments.architectures:
         recorder = Recorder(number)
-        attention.architecture = lambda x, number=number: number
+        for module in (attention, attention_backward):
+            module.architecture = lambda x, number=number: number
         JITFunction.__getitem__ = lambda kernel, grid, record=recorder: partial(record, kernel)
         launches(recorder, *choice)

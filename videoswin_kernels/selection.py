@@ -57,7 +57,7 @@ TABLE = {
     "cpu": dict.fromkeys(OPERATORS, (Entry("reference"),)),
 }
 # Kernels without a gradient yet: "auto" and "fused" leave them out where one is needed.
-FORWARD_ONLY = {("triton", "window_attention")}
+FORWARD_ONLY: set[tuple[str, str]] = set()
 # What Triton's arithmetic takes; movement takes any dtype.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_WIDTHS = (16, 32, 64)

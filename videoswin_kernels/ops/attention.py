@@ -248,7 +248,7 @@ declare(
         "Tensor? pad_qkv, Tensor out, Tensor log_sum_exp, SymInt[] window, SymInt[] shift, "
         "SymInt num_heads, float scale, bool needs_qkv, bool needs_table, bool needs_pad) "
         "-> (Tensor grad_qkv, Tensor grad_table, Tensor grad_pad)",
-        file="attention",
+        file="attention_backward",
         outputs=_grads,
         vectors=lambda _grad, qkv, _table, _pad, _out, _lse, window, shift, *_: (
             window_vectors,

@@ -1,9 +1,8 @@
 """One program a (head, window, tile of queries): rows gathered by `source`, softmax on the fly.
 
-The bias is expanded once per call to [heads, N, N], in units of log 2: a gather from the table for
-each score would cost more than the score. Programs run head by head, so that one head's bias stays
-in the L2 cache while all windows pass. It is read from there for each window, 4 bytes a score,
-which is more than all else that is read.
+Programs run head by head, so that one head's expanded bias stays in the L2 cache while all windows
+pass. It is read from there for each window, 4 bytes a score, which is more than all else that is
+read.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from videoswin_kernels.ops._vectors import WindowVectors
-from videoswin_kernels.selection import CURE, UnavailableError
 from videoswin_kernels.triton._compiler import (
     architecture,
     blocks,
@@ -24,6 +22,7 @@ from videoswin_kernels.triton._compiler import (
     launch,
     power_of_2,
 )
+from videoswin_kernels.triton.bias_table import expand_bias
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -56,30 +55,60 @@ def configuration(
     return Configuration(min(queries, most), min(keys, most), num_warps=4, num_stages=2)
 
 
-@triton.jit(do_not_specialize=["offset", "tokens"])
-def expand_bias_kernel(
-    table,
-    code,
-    bias,
-    offset,
-    tokens,
-    stride,
-    num_heads,
-    BLOCK_KEYS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-):
-    """bias[head, i, j] = table[code[i] - code[j] + offset, head] * log2(e), -inf for j >= N."""
-    query = tl.program_id(0)
-    key = tl.program_id(1) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    head = tl.arange(0, BLOCK_HEADS)
-    is_head = (head < num_heads)[None, :]
+@triton.jit
+def place_of(program, tiles, windows_of_all, num_windows):
+    """(tile, head, clip, window) of a program; one head's programs follow each other."""
+    window_of_all = program // tiles % windows_of_all
+    clip = (window_of_all // num_windows).to(tl.int64)
+    return program % tiles, program // tiles // windows_of_all, clip, window_of_all % num_windows
+
+
+@triton.jit
+def load_keys(qkv, pad_qkv, source, key, tokens, channels, channel, HAS_PADS: tl.constexpr):
+    """(token, k, v) of places of a window; token -1 is a pad, or beyond it, where k = v = 0."""
     is_key = key < tokens
-    row = tl.load(code + query) - tl.load(code + key, mask=is_key, other=0) + offset
-    at = row.to(tl.int64)[:, None] * num_heads + head[None, :]
-    value = tl.load(table + at, mask=is_key[:, None] & is_head, other=0).to(tl.float32) * LOG2_E
-    value = tl.where(is_key[:, None], value, float("-inf"))
-    at = (head.to(tl.int64)[None, :] * tokens + query) * stride + key[:, None]
-    tl.store(bias + at, value, mask=(key < stride)[:, None] & is_head)
+    token = tl.load(source + key, mask=is_key, other=-1)
+    at = token.to(tl.int64)[:, None] * (3 * channels) + channels + channel[None, :]
+    is_token = (token >= 0)[:, None]
+    k = tl.load(qkv + at, mask=is_token, other=0)
+    v = tl.load(qkv + at + channels, mask=is_token, other=0)
+    if HAS_PADS:
+        is_pad = ((token < 0) & is_key)[:, None]
+        k = tl.where(is_pad, tl.load(pad_qkv + channels + channel)[None, :], k)
+        v = tl.where(is_pad, tl.load(pad_qkv + 2 * channels + channel)[None, :], v)
+    return token, k, v
+
+
+@triton.jit
+def scores_of(
+    left,
+    right,
+    bias,
+    region,
+    left_place,
+    right_place,
+    tokens,
+    is_mixed,
+    scale,
+    HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """scale * left . right + bias + mask; queries stand left, or keys."""
+    scores = tl.dot(left, tl.trans(right), input_precision=PRECISION) * scale + bias
+    # Nested: without a mask the inner condition would not be there to compile.
+    if HAS_MASK:  # noqa: SIM102
+        if is_mixed:
+            left_region = tl.load(region + left_place, mask=left_place < tokens, other=0)
+            right_region = tl.load(region + right_place, mask=right_place < tokens, other=0)
+            differs = left_region[:, None] != right_region[None, :]
+            scores += tl.where(differs, MASKED, 0.0)
+    return scores
+
+
+@triton.jit
+def exponential(scores, level):
+    """exp(scores - level), by the exponential that there is an instruction for."""
+    return tl.exp2((scores - level) * LOG2_E)
 
 
 @triton.jit(do_not_specialize=["num_grid", "num_windows", "tokens", "windows_of_all", "tiles"])
@@ -100,8 +129,7 @@ def attention_forward_kernel(
     windows_of_all,
     tiles,
     scale,
-    HAS_PADDING: tl.constexpr,
-    HAS_PAD_QKV: tl.constexpr,
+    HAS_PADS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_WIDTH: tl.constexpr,
@@ -109,16 +137,13 @@ def attention_forward_kernel(
     BLOCK_KEYS: tl.constexpr,
 ):
     """out[i] = sum over j of softmax(scale * q[i] . k[j] + bias[i, j] + mask[i, j]) * v[j]."""
-    tile = tl.program_id(0) % tiles
-    head = tl.program_id(0) // tiles // windows_of_all
-    window_of_all = tl.program_id(0) // tiles % windows_of_all
-    clip = (window_of_all // num_windows).to(tl.int64)
-    window = window_of_all % num_windows
+    tile, head, clip, window = place_of(tl.program_id(0), tiles, windows_of_all, num_windows)
     channels = num_heads * HEAD_WIDTH
+    channel = head * HEAD_WIDTH + tl.arange(0, HEAD_WIDTH)
     source += window * tokens
     region += window * tokens
     qkv += clip * num_grid * 3 * channels
-    channel = head * HEAD_WIDTH + tl.arange(0, HEAD_WIDTH)
+    is_mixed = tl.load(mixed + window) != 0
 
     # A padded query's output is dropped, so nothing stands for it.
     query = tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
@@ -128,44 +153,25 @@ def attention_forward_kernel(
     q_at = token.to(tl.int64)[:, None] * (3 * channels) + channel[None, :]
     q = tl.load(qkv + q_at, mask=is_kept[:, None], other=0)
     bias += (head.to(tl.int64) * tokens + query)[:, None] * bias_stride
-    if HAS_PADDING and HAS_PAD_QKV:
-        pad_k = tl.load(pad_qkv + channels + channel)[None, :]
-        pad_v = tl.load(pad_qkv + 2 * channels + channel)[None, :]
-    if HAS_MASK:
-        is_mixed = tl.load(mixed + window) != 0
-        query_region = tl.load(region + query, mask=is_query, other=0)
 
     highest = tl.full((BLOCK_QUERIES,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_QUERIES,), dtype=tl.float32)
     result = tl.zeros((BLOCK_QUERIES, HEAD_WIDTH), dtype=tl.float32)
     for start in range(0, tokens, BLOCK_KEYS):
         key = start + tl.arange(0, BLOCK_KEYS)
-        is_key = key < tokens
-        key_token = tl.load(source + key, mask=is_key, other=-1)
-        k_at = key_token.to(tl.int64)[:, None] * (3 * channels) + channels + channel[None, :]
-        is_token = (key_token >= 0)[:, None]
-        k = tl.load(qkv + k_at, mask=is_token, other=0)
-        v = tl.load(qkv + k_at + channels, mask=is_token, other=0)
-        if HAS_PADDING and HAS_PAD_QKV:
-            is_pad = (key_token < 0) & is_key
-            k = tl.where(is_pad[:, None], pad_k, k)
-            v = tl.where(is_pad[:, None], pad_v, v)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+        _, k, v = load_keys(qkv, pad_qkv, source, key, tokens, channels, channel, HAS_PADS)
         # -inf beyond the window, where there is no key, so the tile needs no mask of its own.
-        scores += tl.load(bias + key[None, :], mask=is_query[:, None], other=0)
-        # Nested: without a mask the inner condition would not be there to compile.
-        if HAS_MASK:  # noqa: SIM102
-            if is_mixed:
-                key_region = tl.load(region + key, mask=is_key, other=0)
-                differs = query_region[:, None] != key_region[None, :]
-                scores += tl.where(differs, MASKED * LOG2_E, 0.0)
+        pairs = tl.load(bias + key[None, :], mask=is_query[:, None], other=0)
+        scores = scores_of(
+            q, k, pairs, region, query, key, tokens, is_mixed, scale, HAS_MASK, PRECISION
+        )
 
         before = highest
         highest = tl.maximum(before, tl.max(scores, axis=1))
         # A tile may hold nothing but scores of -inf, and -inf - -inf is not a number.
         level = tl.where(highest == float("-inf"), 0.0, highest)
-        weights = tl.exp2(scores - level[:, None])
-        fading = tl.exp2(before - level)
+        weights = exponential(scores, level[:, None])
+        fading = exponential(before, level)
         total = total * fading + tl.sum(weights, axis=1)
         result *= fading[:, None]
         result += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
@@ -174,7 +180,7 @@ def attention_forward_kernel(
     out_at = (clip * num_grid + token)[:, None] * channels + channel[None, :]
     tl.store(out + out_at, result.to(out.dtype.element_ty), mask=is_kept[:, None])
     row = (clip * num_heads + head) * num_grid + token
-    tl.store(log_sum_exp + row, (highest + tl.log2(total)) * LN_2, mask=is_kept)
+    tl.store(log_sum_exp + row, highest + tl.log2(total) * LN_2, mask=is_kept)
 
 
 def launch_window_attention(
@@ -210,8 +216,7 @@ def launch_window_attention(
         windows,
         tiles,
         scale,
-        HAS_PADDING=vectors.has_padding,
-        HAS_PAD_QKV=pad_qkv is not None,
+        HAS_PADS=vectors.has_padding and pad_qkv is not None,
         HAS_MASK=vectors.has_mask,
         PRECISION=dot_precision() if qkv.dtype == torch.float32 else "ieee",
         HEAD_WIDTH=head_width,
@@ -220,31 +225,3 @@ def launch_window_attention(
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
     )
-
-
-def expand_bias(bias_table: Tensor, vectors: WindowVectors, block_keys: int) -> Tensor:
-    """float32 [heads, N, N to whole tiles of keys] in units of log 2, -inf beyond the window."""
-    tokens, num_heads = vectors.tokens_per_window, bias_table.shape[1]
-    stride = blocks(tokens, block_keys) * block_keys
-    shape = (num_heads, tokens, stride)
-    bias = torch.empty(shape, dtype=torch.float32, device=bias_table.device)
-    block_heads = power_of_2(num_heads)
-    block = max(16, 2048 // block_heads)
-    launch(
-        expand_bias_kernel,
-        (tokens, blocks(stride, block)),
-        bias_table,
-        vectors.code,
-        bias,
-        vectors.offset,
-        tokens,
-        stride,
-        num_heads,
-        BLOCK_KEYS=block,
-        BLOCK_HEADS=block_heads,
-    )
-    return bias
-
-
-def launch_window_attention_backward(*arguments: Tensor) -> None:
-    raise UnavailableError(f"window_attention: the Triton attention has no backward yet; {CURE}")

@@ -1,0 +1,415 @@
+"""Three passes over the tiles of a window's scores, each recomputed from the log-sum-exp.
+
+The first program owns queries and sums over keys, the second owns keys and sums over queries, the
+third owns a tile of both and sums over all windows, which is the gradient of the bias. What each
+owns it writes once, so nothing is added atomically, and sums have one order, the same on every run.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from videoswin_kernels.ops._vectors import WindowVectors
+from videoswin_kernels.triton._compiler import (
+    architecture,
+    blocks,
+    dot_precision,
+    launch,
+    power_of_2,
+)
+from videoswin_kernels.triton.attention import exponential, load_keys, place_of, scores_of
+from videoswin_kernels.triton.bias_table import expand_bias, gather_table_gradient
+from videoswin_kernels.triton.column_sums import PARTS, column_sums, empty_partial
+
+
+class Configuration(NamedTuple):
+    """How the kernels divide a window, and Triton's two knobs."""
+
+    block_queries: int
+    block_keys: int
+    num_warps: int
+    num_stages: int
+
+
+def configuration(
+    architecture: int, dtype: torch.dtype, tokens: int, head_width: int
+) -> Configuration:
+    """The kernels' configuration, a plain function of what is asked, so runs repeat."""
+    if dtype == torch.float32:
+        queries, keys = 32, 32 if head_width <= 32 else 16
+    else:
+        queries, keys = 64, 64 if architecture >= 90 else 32
+    most = max(16, power_of_2(tokens))
+    return Configuration(min(queries, most), min(keys, most), num_warps=4, num_stages=2)
+
+
+@triton.jit
+def load_queries(qkv, grad_out, log_sum_exp, source, query, tokens, channels, channel):
+    """(token, q, grad, level) of places of a window; the log-sum-exp is of this clip and head.
+
+    What is no token has given out nothing: its level of +inf makes each of its weights 0.
+    """
+    token = tl.load(source + query, mask=query < tokens, other=-1)
+    is_token = token >= 0
+    row = token.to(tl.int64)[:, None] * channels
+    q = tl.load(qkv + 3 * row + channel[None, :], mask=is_token[:, None], other=0)
+    grad = tl.load(grad_out + row + channel[None, :], mask=is_token[:, None], other=0)
+    level = tl.load(log_sum_exp + token, mask=is_token, other=float("inf"))
+    return token, q, grad, level
+
+
+@triton.jit(do_not_specialize=["num_grid", "num_windows", "tokens", "windows_of_all", "tiles"])
+def query_gradient_kernel(
+    grad_out,
+    qkv,
+    pad_qkv,
+    bias,
+    log_sum_exp,
+    row_sums,
+    factors,
+    source,
+    region,
+    mixed,
+    out,
+    grad_qkv,
+    num_grid,
+    num_windows,
+    tokens,
+    bias_stride,
+    num_heads,
+    windows_of_all,
+    tiles,
+    scale,
+    NEEDS_QKV: tl.constexpr,
+    IS_EXACT: tl.constexpr,
+    HAS_PADS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_WIDTH: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """grad_q[i] = scale * sum over j of grad_score[i, j] * k[j], and row_sum[i] for the others.
+
+    row_sum[i] = sum over j of weight[i, j] * (grad[i] . v[j]), by which softmax lowers each
+    gradient. It is grad[i] . out[i] but for the rounding of `out`, which the sum of the gradients,
+    zero without it, then takes away.
+    """
+    tile, head, clip, window = place_of(tl.program_id(0), tiles, windows_of_all, num_windows)
+    channels = num_heads * HEAD_WIDTH
+    channel = head * HEAD_WIDTH + tl.arange(0, HEAD_WIDTH)
+    source += window * tokens
+    region += window * tokens
+    is_mixed = tl.load(mixed + window) != 0
+    qkv += clip * num_grid * 3 * channels
+    grad_out += clip * num_grid * channels
+    row = (clip * num_heads + head) * num_grid
+    query = tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    token, q, grad, level = load_queries(
+        qkv, grad_out, log_sum_exp + row, source, query, tokens, channels, channel
+    )
+    is_token = (token >= 0)[:, None]
+    at = (clip * num_grid + token)[:, None] * channels + channel[None, :]
+    value = tl.load(out + at, mask=is_token, other=0).to(tl.float32)
+    row_sum = tl.sum(grad.to(tl.float32) * value, axis=1)
+    is_query = (query < tokens)[:, None]
+    bias += (head.to(tl.int64) * tokens + query)[:, None] * bias_stride
+
+    rest = tl.zeros((BLOCK_QUERIES,), dtype=tl.float32)
+    if IS_EXACT:
+        total = tl.zeros((BLOCK_QUERIES,), dtype=tl.float32)
+        mean_k = tl.zeros((BLOCK_QUERIES, HEAD_WIDTH), dtype=tl.float32)
+    grad_q = tl.zeros((BLOCK_QUERIES, HEAD_WIDTH), dtype=tl.float32)
+    for start in range(0, tokens, BLOCK_KEYS):
+        key = start + tl.arange(0, BLOCK_KEYS)
+        _, k, v = load_keys(qkv, pad_qkv, source, key, tokens, channels, channel, HAS_PADS)
+        pairs = tl.load(bias + key[None, :], mask=is_query, other=0)
+        scores = scores_of(
+            q, k, pairs, region, query, key, tokens, is_mixed, scale, HAS_MASK, PRECISION
+        )
+        weights = exponential(scores, level[:, None])
+        grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        grad_scores = weights * (grad_weights - row_sum[:, None])
+        rest += tl.sum(grad_scores, axis=1)
+        if IS_EXACT:
+            total += tl.sum(weights, axis=1)
+            mean_k += tl.dot(weights, k, input_precision=PRECISION)
+        grad_q += tl.dot(grad_scores.to(k.dtype), k, input_precision=PRECISION)
+
+    if IS_EXACT:
+        factor = 1 / total
+        rest *= factor
+        grad_q = (grad_q - rest[:, None] * mean_k) * factor[:, None]
+        tl.store(factors + row + token, factor, mask=token >= 0)
+    tl.store(row_sums + row + token, row_sum + rest, mask=token >= 0)
+    if NEEDS_QKV:
+        at = (clip * num_grid + token)[:, None] * (3 * channels) + channel[None, :]
+        tl.store(grad_qkv + at, (grad_q * scale).to(grad_qkv.dtype.element_ty), mask=is_token)
+
+
+@triton.jit(
+    do_not_specialize=["num_grid", "num_windows", "tokens", "windows_of_all", "tiles", "steps"]
+)
+def key_value_gradient_kernel(
+    grad_out,
+    qkv,
+    pad_qkv,
+    bias,
+    log_sum_exp,
+    row_sums,
+    factors,
+    source,
+    region,
+    mixed,
+    grad_qkv,
+    partial,
+    num_grid,
+    num_windows,
+    tokens,
+    bias_stride,
+    num_heads,
+    windows_of_all,
+    parts,
+    tiles,
+    steps,
+    scale,
+    NEEDS_QKV: tl.constexpr,
+    NEEDS_PAD: tl.constexpr,
+    IS_EXACT: tl.constexpr,
+    HAS_PADS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_WIDTH: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """grad_v[j] = sum over i of weight[i, j] * grad[i]; grad_k[j] of scale * grad_score[i, j] * q[i].
+
+    A program takes `steps` windows, one after the other, and leaves the sum over their pads.
+    """
+    tile = tl.program_id(0) % tiles
+    part = tl.program_id(0) // tiles % parts
+    head = tl.program_id(0) // tiles // parts
+    channels = num_heads * HEAD_WIDTH
+    channel = head * HEAD_WIDTH + tl.arange(0, HEAD_WIDTH)
+    key = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    # Scores stand transposed: what a key sums over queries is then a plain product.
+    bias += head.to(tl.int64) * tokens * bias_stride + key[:, None]
+    pad_k = tl.zeros((HEAD_WIDTH,), dtype=tl.float32)
+    pad_v = tl.zeros((HEAD_WIDTH,), dtype=tl.float32)
+    first = part * steps
+    for window_of_all in range(first, tl.minimum(first + steps, windows_of_all)):
+        clip = (window_of_all // num_windows).to(tl.int64)
+        window = window_of_all % num_windows
+        places = source + window * tokens
+        regions = region + window * tokens
+        is_mixed = tl.load(mixed + window) != 0
+        rows = qkv + clip * num_grid * 3 * channels
+        grads = grad_out + clip * num_grid * channels
+        row = (clip * num_heads + head) * num_grid
+        token, k, v = load_keys(rows, pad_qkv, places, key, tokens, channels, channel, HAS_PADS)
+
+        grad_k = tl.zeros((BLOCK_KEYS, HEAD_WIDTH), dtype=tl.float32)
+        grad_v = tl.zeros((BLOCK_KEYS, HEAD_WIDTH), dtype=tl.float32)
+        for start in range(0, tokens, BLOCK_QUERIES):
+            query = start + tl.arange(0, BLOCK_QUERIES)
+            query_token, q, grad, level = load_queries(
+                rows, grads, log_sum_exp + row, places, query, tokens, channels, channel
+            )
+            row_sum = tl.load(row_sums + row + query_token, mask=query_token >= 0, other=0)
+            pairs_at = query.to(tl.int64)[None, :] * bias_stride
+            pairs = tl.load(bias + pairs_at, mask=(query < tokens)[None, :], other=0)
+            scores = scores_of(
+                k, q, pairs, regions, key, query, tokens, is_mixed, scale, HAS_MASK, PRECISION
+            )
+            weights = exponential(scores, level[None, :])
+            if IS_EXACT:
+                factor = tl.load(factors + row + query_token, mask=query_token >= 0, other=0)
+                weights *= factor[None, :]
+            grad_v += tl.dot(weights.to(v.dtype), grad, input_precision=PRECISION)
+            grad_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+            grad_scores = weights * (grad_weights - row_sum[None, :])
+            grad_k += tl.dot(grad_scores.to(q.dtype), q, input_precision=PRECISION)
+
+        grad_k *= scale
+        if NEEDS_QKV:
+            at = (clip * num_grid + token)[:, None] * (3 * channels) + channels + channel[None, :]
+            is_token = (token >= 0)[:, None]
+            tl.store(grad_qkv + at, grad_k.to(grad_qkv.dtype.element_ty), mask=is_token)
+            tl.store(grad_qkv + at + channels, grad_v.to(grad_qkv.dtype.element_ty), mask=is_token)
+        if NEEDS_PAD:
+            is_pad = ((token < 0) & (key < tokens))[:, None]
+            pad_k += tl.sum(tl.where(is_pad, grad_k, 0.0), axis=0)
+            pad_v += tl.sum(tl.where(is_pad, grad_v, 0.0), axis=0)
+    if NEEDS_PAD:
+        at = 2 * (part * tiles + tile).to(tl.int64) * channels + channel
+        tl.store(partial + at, pad_k)
+        tl.store(partial + at + channels, pad_v)
+
+
+@triton.jit(do_not_specialize=["num_grid", "num_windows", "tokens", "windows_of_all"])
+def bias_gradient_kernel(
+    grad_out,
+    qkv,
+    pad_qkv,
+    bias,
+    log_sum_exp,
+    row_sums,
+    factors,
+    source,
+    region,
+    mixed,
+    grad_bias,
+    num_grid,
+    num_windows,
+    tokens,
+    bias_stride,
+    num_heads,
+    windows_of_all,
+    scale,
+    IS_EXACT: tl.constexpr,
+    HAS_PADS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_WIDTH: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """grad_bias[head, i, j] = sum over windows of grad_score[i, j], in the order of the windows."""
+    head = tl.program_id(2)
+    channels = num_heads * HEAD_WIDTH
+    channel = head * HEAD_WIDTH + tl.arange(0, HEAD_WIDTH)
+    query = tl.program_id(1) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    key = tl.program_id(0) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    is_query = (query < tokens)[:, None]
+    place = head.to(tl.int64) * tokens + query
+    pairs = tl.load(bias + place[:, None] * bias_stride + key[None, :], mask=is_query, other=0)
+    total = tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), dtype=tl.float32)
+    for window_of_all in range(windows_of_all):
+        clip = (window_of_all // num_windows).to(tl.int64)
+        window = window_of_all % num_windows
+        places = source + window * tokens
+        regions = region + window * tokens
+        is_mixed = tl.load(mixed + window) != 0
+        rows = qkv + clip * num_grid * 3 * channels
+        grads = grad_out + clip * num_grid * channels
+        row = (clip * num_heads + head) * num_grid
+        token, q, grad, level = load_queries(
+            rows, grads, log_sum_exp + row, places, query, tokens, channels, channel
+        )
+        row_sum = tl.load(row_sums + row + token, mask=token >= 0, other=0)
+        _, k, v = load_keys(rows, pad_qkv, places, key, tokens, channels, channel, HAS_PADS)
+        scores = scores_of(
+            q, k, pairs, regions, query, key, tokens, is_mixed, scale, HAS_MASK, PRECISION
+        )
+        weights = exponential(scores, level[:, None])
+        if IS_EXACT:
+            weights *= tl.load(factors + row + token, mask=token >= 0, other=0)[:, None]
+        grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        total += weights * (grad_weights - row_sum[:, None])
+
+    at = place[:, None] * tokens + key[None, :]
+    tl.store(grad_bias + at, total, mask=is_query & (key < tokens)[None, :])
+
+
+def launch_window_attention_backward(
+    grad_qkv: Tensor,
+    grad_table: Tensor,
+    grad_pad: Tensor,
+    grad_out: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor,
+    pad_qkv: Tensor | None,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    num_heads: int,
+    scale: float,
+    needs_qkv: bool,
+    needs_table: bool,
+    needs_pad: bool,
+    vectors: WindowVectors,
+) -> None:
+    clips, num_grid, tokens = len(qkv), len(vectors.target), vectors.tokens_per_window
+    if tokens == 1:
+        give_to_values(grad_qkv, grad_table, grad_pad, grad_out)
+        return
+    channels = out.shape[-1]
+    head_width = channels // num_heads
+    chosen = configuration(architecture(qkv), qkv.dtype, tokens, head_width)
+    queries, keys = blocks(tokens, chosen.block_queries), blocks(tokens, chosen.block_keys)
+    windows = clips * vectors.num_windows
+    bias = expand_bias(bias_table, vectors, chosen.block_keys)
+    row_sums = torch.empty_like(log_sum_exp)
+    is_exact = qkv.dtype == torch.float32
+    factors = torch.empty_like(log_sum_exp) if is_exact else row_sums
+    read = (grad_out, qkv, pad_qkv, bias, log_sum_exp, row_sums, factors)
+    read += (vectors.source, vectors.region, vectors.mixed)
+    sizes = (num_grid, vectors.num_windows, tokens, bias.shape[-1], num_heads, windows)
+    options = {
+        "IS_EXACT": is_exact,
+        "HAS_PADS": vectors.has_padding and pad_qkv is not None,
+        "HAS_MASK": vectors.has_mask,
+        "PRECISION": dot_precision() if is_exact else "ieee",
+        "HEAD_WIDTH": head_width,
+        **chosen._asdict(),
+    }
+    options = {name.upper() if "block" in name else name: x for name, x in options.items()}
+
+    launch(
+        query_gradient_kernel,
+        (num_heads * windows * queries,),
+        *read,
+        out,
+        grad_qkv,
+        *sizes,
+        queries,
+        scale,
+        NEEDS_QKV=needs_qkv,
+        **options,
+    )
+    has_pads = needs_pad and vectors.has_padding
+    if needs_qkv or has_pads:
+        # Pads of all windows have one gradient, of which few partial sums shall remain.
+        steps = blocks(windows * keys, PARTS) if has_pads else 1
+        parts = blocks(windows, steps)
+        partial = empty_partial(qkv, parts * keys if has_pads else 0, channels)
+        launch(
+            key_value_gradient_kernel,
+            (num_heads * parts * keys,),
+            *read,
+            grad_qkv,
+            partial,
+            *sizes,
+            parts,
+            keys,
+            steps,
+            scale,
+            NEEDS_QKV=needs_qkv,
+            NEEDS_PAD=has_pads,
+            **options,
+        )
+    if needs_pad:
+        grad_pad.zero_()
+    if has_pads:
+        column_sums(grad_pad[channels : 2 * channels], grad_pad[2 * channels :], partial)
+        del partial
+    if needs_table:
+        grad_bias = bias.new_empty((num_heads, tokens, tokens))
+        grid = (keys, queries, num_heads)
+        launch(bias_gradient_kernel, grid, *read, grad_bias, *sizes, scale, **options)
+        gather_table_gradient(grad_table, grad_bias, vectors)
+
+
+def give_to_values(
+    grad_qkv: Tensor, grad_table: Tensor, grad_pad: Tensor, grad_out: Tensor
+) -> None:
+    """The gradients where a token is alone in its window: its weight is 1, whatever its score."""
+    for grad in (grad_qkv, grad_table, grad_pad):
+        grad.zero_()
+    if grad_qkv.numel():
+        grad_qkv[..., -grad_out.shape[-1] :] = grad_out
