@@ -56,8 +56,6 @@ TABLE = {
     "cuda": dict.fromkeys(OPERATORS, _CUDA),
     "cpu": dict.fromkeys(OPERATORS, (Entry("reference"),)),
 }
-# Kernels without a gradient yet: "auto" and "fused" leave them out where one is needed.
-FORWARD_ONLY: set[tuple[str, str]] = set()
 # What Triton's arithmetic takes; movement takes any dtype.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_WIDTHS = (16, 32, 64)
@@ -81,7 +79,6 @@ class Call(NamedTuple):
         dtypes: those of the floating-point tensors (of all tensors for movement).
         head_width: channels of an attention head; None for an unknown one.
         has_dropout: whether attention weights are dropped.
-        needs_grad: whether a gradient will be asked for.
     """
 
     operator: str
@@ -90,7 +87,6 @@ class Call(NamedTuple):
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     head_width: int | None = HEAD_WIDTHS[0]
     has_dropout: bool = False
-    needs_grad: bool = False
 
 
 def check_word(where: str, kernels: object) -> str:
@@ -200,8 +196,6 @@ def _first_of_table(call: Call, kernels: str) -> Choice:
         reason = reason_against(name, call)
         if name not in entries:
             reason = reason or f"not for {device_type} tensors, except by name"
-        elif call.needs_grad and (name, operator) in FORWARD_ONLY:
-            reason = reason or "its attention has no gradient yet"
         if reason is None:
             why = "; ".join([f"first that runs on {device_type}", *reasons])
             return Choice(operator, name, why, entries[name].row)
@@ -233,12 +227,11 @@ def resolve(
     dtypes: tuple[torch.dtype, ...],
     head_width: int | None = HEAD_WIDTHS[0],
     has_dropout: bool = False,
-    needs_grad: bool = False,
 ) -> str:
     """The name of the kernel set that runs a call; arguments as in `Call`, raises as `choose`."""
     check_word(operator, kernels)
     chosen, refusal = _decide(
-        kernels, operator, device.type, device.index, dtypes, head_width, has_dropout, needs_grad
+        kernels, operator, device.type, device.index, dtypes, head_width, has_dropout
     )
     if chosen is None:
         raise UnavailableError(refusal)
@@ -252,9 +245,8 @@ def explain(
 
     Args:
         module_or_operator: an operator of this package (or its name), taken with kernels="auto",
-            without gradients and at a head width that kernels take; or a module, whose submodules
-            carry `operator` and `kernels` attributes, as it would run now: gradients enabled or
-            not, training or not.
+            at a head width that kernels take; or a module, whose submodules carry `operator` and
+            `kernels` attributes, as it would run now, training or not.
         example: a tensor of the device and dtype in question; default: the module's first
             parameter, or float32 on the CPU.
 
@@ -290,8 +282,7 @@ def _explain_module(module: nn.Module, example: Tensor | None) -> list[Choice]:
     for user in users:
         width = known_width(getattr(user, "head_width", HEAD_WIDTHS[0]))
         has_dropout = user.training and getattr(user, "attn_drop", 0) > 0
-        needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in user.parameters())
-        calls[Call(user.operator, *place, width, has_dropout, needs_grad), user.kernels] = None
+        calls[Call(user.operator, *place, width, has_dropout), user.kernels] = None
     return list(dict.fromkeys(choose(*key) for key in calls))
 
 

@@ -118,7 +118,6 @@ def window_attention(
     has_dropout = False
     if dropout > 0:
         has_dropout = True
-    inputs = [each for each in (qkv, bias_table, pad_qkv) if each is not None]
     chosen = resolve(
         where,
         kernels,
@@ -126,7 +125,6 @@ def window_attention(
         (dtype, bias_table.dtype),
         known_width(width),
         has_dropout=has_dropout,
-        needs_grad=torch.is_grad_enabled() and any(each.requires_grad for each in inputs),
     )
     if chosen != "reference":
         operator = NAMESPACES[chosen].window_attention

@@ -22,20 +22,32 @@ from videoswin_kernels.triton._compiler import (
     launch,
     power_of_2,
 )
+from videoswin_kernels.triton.attention_tiles import exponential, load_keys, place_of, scores_of
 from videoswin_kernels.triton.bias_table import expand_bias
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-MASKED = tl.constexpr(-100.0)
 
 
 class Configuration(NamedTuple):
-    """How the forward kernel divides a window, and Triton's two knobs."""
+    """How a kernel divides a window, and Triton's two knobs."""
 
     block_queries: int
     block_keys: int
     num_warps: int
     num_stages: int
+
+    def within(self, tokens: int) -> Configuration:
+        """With tiles no larger than the window needs, at least 16, as the tensor cores ask."""
+        most = max(16, power_of_2(tokens))
+        return self._replace(
+            block_queries=min(self.block_queries, most), block_keys=min(self.block_keys, most)
+        )
+
+    def options(self) -> dict[str, int]:
+        """As a launch takes them."""
+        queries, keys, warps, stages = self
+        tile = {"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys}
+        return {**tile, "num_warps": warps, "num_stages": stages}
 
 
 def configuration(
@@ -43,72 +55,14 @@ def configuration(
 ) -> Configuration:
     """The forward kernel's configuration, a plain function of what is asked, so runs repeat.
 
-    A tile is no larger than the window needs, and at least 16 x 16, as the tensor cores ask.
-    float32 has none of those ("ieee") and small tiles, since its operands lie in registers.
+    float32 has no tensor cores ("ieee") and small tiles, since its operands lie in registers.
     """
     if dtype == torch.float32:
         queries, keys = 32, 32 if head_width <= 32 else 16
     else:
         # 64 keys spill before Hopper, by the count of Triton 3.9's compiler (2026-11-22).
         queries, keys = 64, 64 if architecture >= 90 else 32
-    most = max(16, power_of_2(tokens))
-    return Configuration(min(queries, most), min(keys, most), num_warps=4, num_stages=2)
-
-
-@triton.jit
-def place_of(program, tiles, windows_of_all, num_windows):
-    """(tile, head, clip, window) of a program; one head's programs follow each other."""
-    window_of_all = program // tiles % windows_of_all
-    clip = (window_of_all // num_windows).to(tl.int64)
-    return program % tiles, program // tiles // windows_of_all, clip, window_of_all % num_windows
-
-
-@triton.jit
-def load_keys(qkv, pad_qkv, source, key, tokens, channels, channel, HAS_PADS: tl.constexpr):
-    """(token, k, v) of places of a window; token -1 is a pad, or beyond it, where k = v = 0."""
-    is_key = key < tokens
-    token = tl.load(source + key, mask=is_key, other=-1)
-    at = token.to(tl.int64)[:, None] * (3 * channels) + channels + channel[None, :]
-    is_token = (token >= 0)[:, None]
-    k = tl.load(qkv + at, mask=is_token, other=0)
-    v = tl.load(qkv + at + channels, mask=is_token, other=0)
-    if HAS_PADS:
-        is_pad = ((token < 0) & is_key)[:, None]
-        k = tl.where(is_pad, tl.load(pad_qkv + channels + channel)[None, :], k)
-        v = tl.where(is_pad, tl.load(pad_qkv + 2 * channels + channel)[None, :], v)
-    return token, k, v
-
-
-@triton.jit
-def scores_of(
-    left,
-    right,
-    bias,
-    region,
-    left_place,
-    right_place,
-    tokens,
-    is_mixed,
-    scale,
-    HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """scale * left . right + bias + mask; queries stand left, or keys."""
-    scores = tl.dot(left, tl.trans(right), input_precision=PRECISION) * scale + bias
-    # Nested: without a mask the inner condition would not be there to compile.
-    if HAS_MASK:  # noqa: SIM102
-        if is_mixed:
-            left_region = tl.load(region + left_place, mask=left_place < tokens, other=0)
-            right_region = tl.load(region + right_place, mask=right_place < tokens, other=0)
-            differs = left_region[:, None] != right_region[None, :]
-            scores += tl.where(differs, MASKED, 0.0)
-    return scores
-
-
-@triton.jit
-def exponential(scores, level):
-    """exp(scores - level), by the exponential that there is an instruction for."""
-    return tl.exp2((scores - level) * LOG2_E)
+    return Configuration(queries, keys, num_warps=4, num_stages=2).within(tokens)
 
 
 @triton.jit(do_not_specialize=["num_grid", "num_windows", "tokens", "windows_of_all", "tiles"])
@@ -220,8 +174,5 @@ def launch_window_attention(
         HAS_MASK=vectors.has_mask,
         PRECISION=dot_precision() if qkv.dtype == torch.float32 else "ieee",
         HEAD_WIDTH=head_width,
-        BLOCK_QUERIES=chosen.block_queries,
-        BLOCK_KEYS=chosen.block_keys,
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
+        **chosen.options(),
     )

@@ -1,13 +1,11 @@
 """Three passes over the tiles of a window's scores, each recomputed from the log-sum-exp.
 
 The first program owns queries and sums over keys, the second owns keys and sums over queries, the
-third owns a tile of both and sums over all windows, which is the gradient of the bias. What each
-owns it writes once, so nothing is added atomically, and sums have one order, the same on every run.
+third (`bias_table.py`) owns pairs and sums over windows. What each owns it writes once, so nothing
+is added atomically, and sums have one order, the same on every run.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -15,52 +13,35 @@ import triton.language as tl
 from torch import Tensor
 
 from videoswin_kernels.ops._vectors import WindowVectors
-from videoswin_kernels.triton._compiler import (
-    architecture,
-    blocks,
-    dot_precision,
-    launch,
-    power_of_2,
+from videoswin_kernels.triton._compiler import architecture, blocks, dot_precision, launch
+from videoswin_kernels.triton.attention import Configuration, configuration
+from videoswin_kernels.triton.attention_tiles import (
+    exponential,
+    load_keys,
+    load_queries,
+    place_of,
+    scores_of,
 )
-from videoswin_kernels.triton.attention import exponential, load_keys, place_of, scores_of
-from videoswin_kernels.triton.bias_table import expand_bias, gather_table_gradient
+from videoswin_kernels.triton.bias_table import (
+    bias_gradient_kernel,
+    expand_bias,
+    gather_table_gradient,
+)
 from videoswin_kernels.triton.column_sums import PARTS, column_sums, empty_partial
 
 
-class Configuration(NamedTuple):
-    """How the kernels divide a window, and Triton's two knobs."""
-
-    block_queries: int
-    block_keys: int
-    num_warps: int
-    num_stages: int
-
-
-def configuration(
+def key_configuration(
     architecture: int, dtype: torch.dtype, tokens: int, head_width: int
 ) -> Configuration:
-    """The kernels' configuration, a plain function of what is asked, so runs repeat."""
-    if dtype == torch.float32:
-        queries, keys = 32, 32 if head_width <= 32 else 16
-    else:
-        queries, keys = 64, 64 if architecture >= 90 else 32
-    most = max(16, power_of_2(tokens))
-    return Configuration(min(queries, most), min(keys, most), num_warps=4, num_stages=2)
+    """That of the kernel that owns keys; the others divide a window as the forward kernel does.
 
-
-@triton.jit
-def load_queries(qkv, grad_out, log_sum_exp, source, query, tokens, channels, channel):
-    """(token, q, grad, level) of places of a window; the log-sum-exp is of this clip and head.
-
-    What is no token has given out nothing: its level of +inf makes each of its weights 0.
+    It keeps most in registers, so it has small tiles, and loads nothing ahead.
     """
-    token = tl.load(source + query, mask=query < tokens, other=-1)
-    is_token = token >= 0
-    row = token.to(tl.int64)[:, None] * channels
-    q = tl.load(qkv + 3 * row + channel[None, :], mask=is_token[:, None], other=0)
-    grad = tl.load(grad_out + row + channel[None, :], mask=is_token[:, None], other=0)
-    level = tl.load(log_sum_exp + token, mask=is_token, other=float("inf"))
-    return token, q, grad, level
+    if dtype == torch.float32:
+        chosen = Configuration(32, 32 if head_width <= 32 else 16, num_warps=4, num_stages=1)
+    else:
+        chosen = Configuration(32, 64 if architecture >= 90 else 32, num_warps=4, num_stages=1)
+    return chosen.within(tokens)
 
 
 @triton.jit(do_not_specialize=["num_grid", "num_windows", "tokens", "windows_of_all", "tiles"])
@@ -142,7 +123,8 @@ def query_gradient_kernel(
         grad_q += tl.dot(grad_scores.to(k.dtype), k, input_precision=PRECISION)
 
     if IS_EXACT:
-        factor = 1 / total
+        # What is no token has weights of 0 alone, and is not stored.
+        factor = 1 / tl.where(token >= 0, total, 1.0)
         rest *= factor
         grad_q = (grad_q - rest[:, None] * mean_k) * factor[:, None]
         tl.store(factors + row + token, factor, mask=token >= 0)
@@ -188,7 +170,7 @@ def key_value_gradient_kernel(
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """grad_v[j] = sum over i of weight[i, j] * grad[i]; grad_k[j] of scale * grad_score[i, j] * q[i].
+    """grad_v[j] = sum over i of weight[i, j] * grad[i], and grad_k[j] likewise of scores and q.
 
     A program takes `steps` windows, one after the other, and leaves the sum over their pads.
     """
@@ -252,71 +234,6 @@ def key_value_gradient_kernel(
         tl.store(partial + at + channels, pad_v)
 
 
-@triton.jit(do_not_specialize=["num_grid", "num_windows", "tokens", "windows_of_all"])
-def bias_gradient_kernel(
-    grad_out,
-    qkv,
-    pad_qkv,
-    bias,
-    log_sum_exp,
-    row_sums,
-    factors,
-    source,
-    region,
-    mixed,
-    grad_bias,
-    num_grid,
-    num_windows,
-    tokens,
-    bias_stride,
-    num_heads,
-    windows_of_all,
-    scale,
-    IS_EXACT: tl.constexpr,
-    HAS_PADS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HEAD_WIDTH: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-):
-    """grad_bias[head, i, j] = sum over windows of grad_score[i, j], in the order of the windows."""
-    head = tl.program_id(2)
-    channels = num_heads * HEAD_WIDTH
-    channel = head * HEAD_WIDTH + tl.arange(0, HEAD_WIDTH)
-    query = tl.program_id(1) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-    key = tl.program_id(0) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    is_query = (query < tokens)[:, None]
-    place = head.to(tl.int64) * tokens + query
-    pairs = tl.load(bias + place[:, None] * bias_stride + key[None, :], mask=is_query, other=0)
-    total = tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), dtype=tl.float32)
-    for window_of_all in range(windows_of_all):
-        clip = (window_of_all // num_windows).to(tl.int64)
-        window = window_of_all % num_windows
-        places = source + window * tokens
-        regions = region + window * tokens
-        is_mixed = tl.load(mixed + window) != 0
-        rows = qkv + clip * num_grid * 3 * channels
-        grads = grad_out + clip * num_grid * channels
-        row = (clip * num_heads + head) * num_grid
-        token, q, grad, level = load_queries(
-            rows, grads, log_sum_exp + row, places, query, tokens, channels, channel
-        )
-        row_sum = tl.load(row_sums + row + token, mask=token >= 0, other=0)
-        _, k, v = load_keys(rows, pad_qkv, places, key, tokens, channels, channel, HAS_PADS)
-        scores = scores_of(
-            q, k, pairs, regions, query, key, tokens, is_mixed, scale, HAS_MASK, PRECISION
-        )
-        weights = exponential(scores, level[:, None])
-        if IS_EXACT:
-            weights *= tl.load(factors + row + token, mask=token >= 0, other=0)[:, None]
-        grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-        total += weights * (grad_weights - row_sum[:, None])
-
-    at = place[:, None] * tokens + key[None, :]
-    tl.store(grad_bias + at, total, mask=is_query & (key < tokens)[None, :])
-
-
 def launch_window_attention_backward(
     grad_qkv: Tensor,
     grad_table: Tensor,
@@ -340,10 +257,10 @@ def launch_window_attention_backward(
         return
     channels = out.shape[-1]
     head_width = channels // num_heads
-    chosen = configuration(architecture(qkv), qkv.dtype, tokens, head_width)
-    queries, keys = blocks(tokens, chosen.block_queries), blocks(tokens, chosen.block_keys)
+    asked = (architecture(qkv), qkv.dtype, tokens, head_width)
+    by_pair, by_key = configuration(*asked), key_configuration(*asked)
     windows = clips * vectors.num_windows
-    bias = expand_bias(bias_table, vectors, chosen.block_keys)
+    bias = expand_bias(bias_table, vectors, max(by_pair.block_keys, by_key.block_keys))
     row_sums = torch.empty_like(log_sum_exp)
     is_exact = qkv.dtype == torch.float32
     factors = torch.empty_like(log_sum_exp) if is_exact else row_sums
@@ -356,10 +273,9 @@ def launch_window_attention_backward(
         "HAS_MASK": vectors.has_mask,
         "PRECISION": dot_precision() if is_exact else "ieee",
         "HEAD_WIDTH": head_width,
-        **chosen._asdict(),
     }
-    options = {name.upper() if "block" in name else name: x for name, x in options.items()}
 
+    queries = blocks(tokens, by_pair.block_queries)
     launch(
         query_gradient_kernel,
         (num_heads * windows * queries,),
@@ -371,9 +287,11 @@ def launch_window_attention_backward(
         scale,
         NEEDS_QKV=needs_qkv,
         **options,
+        **by_pair.options(),
     )
     has_pads = needs_pad and vectors.has_padding
     if needs_qkv or has_pads:
+        keys = blocks(tokens, by_key.block_keys)
         # Pads of all windows have one gradient, of which few partial sums shall remain.
         steps = blocks(windows * keys, PARTS) if has_pads else 1
         parts = blocks(windows, steps)
@@ -392,6 +310,7 @@ def launch_window_attention_backward(
             NEEDS_QKV=needs_qkv,
             NEEDS_PAD=has_pads,
             **options,
+            **by_key.options(),
         )
     if needs_pad:
         grad_pad.zero_()
@@ -400,7 +319,8 @@ def launch_window_attention_backward(
         del partial
     if needs_table:
         grad_bias = bias.new_empty((num_heads, tokens, tokens))
-        grid = (keys, queries, num_heads)
+        grid = (blocks(tokens, by_pair.block_keys), queries, num_heads)
+        options |= by_pair.options()
         launch(bias_gradient_kernel, grid, *read, grad_bias, *sizes, scale, **options)
         gather_table_gradient(grad_table, grad_bias, vectors)
 

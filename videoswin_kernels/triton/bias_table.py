@@ -1,8 +1,9 @@
 """The bias table as a bias for each pair of places, and the gradient of that gathered back.
 
 A gather from the table for each score would cost more than the score, so it is expanded once a
-call to [heads, N, N]. Its gradient is gathered too: each row of the table asks every place for the
-one partner at that relative position, if there is one. Nothing is sorted, nothing added atomically.
+call to [heads, N, N]. For the gradient a program owns a tile of pairs and walks over all windows;
+then each row of the table asks every place for the one partner at that relative position, if there
+is one. Nothing is sorted, nothing added atomically.
 """
 
 from __future__ import annotations
@@ -14,6 +15,12 @@ from torch import Tensor
 
 from videoswin_kernels.ops._vectors import WindowVectors
 from videoswin_kernels.triton._compiler import blocks, launch, power_of_2
+from videoswin_kernels.triton.attention_tiles import (
+    exponential,
+    load_keys,
+    load_queries,
+    scores_of,
+)
 
 
 @triton.jit(do_not_specialize=["offset", "tokens"])
@@ -40,6 +47,71 @@ def expand_bias_kernel(
     value = tl.where(is_key[:, None], value, float("-inf"))
     at = (head.to(tl.int64)[None, :] * tokens + query) * stride + key[:, None]
     tl.store(bias + at, value, mask=(key < stride)[:, None] & is_head)
+
+
+@triton.jit(do_not_specialize=["num_grid", "num_windows", "tokens", "windows_of_all"])
+def bias_gradient_kernel(
+    grad_out,
+    qkv,
+    pad_qkv,
+    bias,
+    log_sum_exp,
+    row_sums,
+    factors,
+    source,
+    region,
+    mixed,
+    grad_bias,
+    num_grid,
+    num_windows,
+    tokens,
+    bias_stride,
+    num_heads,
+    windows_of_all,
+    scale,
+    IS_EXACT: tl.constexpr,
+    HAS_PADS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_WIDTH: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """grad_bias[head, i, j] = sum over windows of grad_score[i, j], in the order of the windows."""
+    head = tl.program_id(2)
+    channels = num_heads * HEAD_WIDTH
+    channel = head * HEAD_WIDTH + tl.arange(0, HEAD_WIDTH)
+    query = tl.program_id(1) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    key = tl.program_id(0) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    is_query = (query < tokens)[:, None]
+    place = head.to(tl.int64) * tokens + query
+    pairs = tl.load(bias + place[:, None] * bias_stride + key[None, :], mask=is_query, other=0)
+    total = tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), dtype=tl.float32)
+    for window_of_all in range(windows_of_all):
+        clip = (window_of_all // num_windows).to(tl.int64)
+        window = window_of_all % num_windows
+        places = source + window * tokens
+        regions = region + window * tokens
+        is_mixed = tl.load(mixed + window) != 0
+        rows = qkv + clip * num_grid * 3 * channels
+        grads = grad_out + clip * num_grid * channels
+        row = (clip * num_heads + head) * num_grid
+        token, q, grad, level = load_queries(
+            rows, grads, log_sum_exp + row, places, query, tokens, channels, channel
+        )
+        row_sum = tl.load(row_sums + row + token, mask=token >= 0, other=0)
+        _, k, v = load_keys(rows, pad_qkv, places, key, tokens, channels, channel, HAS_PADS)
+        scores = scores_of(
+            q, k, pairs, regions, query, key, tokens, is_mixed, scale, HAS_MASK, PRECISION
+        )
+        weights = exponential(scores, level[:, None])
+        if IS_EXACT:
+            weights *= tl.load(factors + row + token, mask=token >= 0, other=0)[:, None]
+        grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        total += weights * (grad_weights - row_sum[:, None])
+
+    at = place[:, None] * tokens + key[None, :]
+    tl.store(grad_bias + at, total, mask=is_query & (key < tokens)[None, :])
 
 
 @triton.jit(do_not_specialize=["offset", "tokens", "places", "rows"])
