@@ -1,0 +1,1 @@
+"""Timed comparisons of the operators, run as scripts from the checkout."""

@@ -1,0 +1,198 @@
+"""Window attention of every stage: kernel sets, the reference, and what a user would run instead.
+
+`python bench/attention.py [--device cpu|cuda] [--stage 1..4] [--json FILE] ...`; bench/README.md
+says how to read it. A provider is compared with float64 before it is timed, and one that is wrong
+has no time. Exits with 1 where one is wrong or fails; one that cannot run here says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from bench import floors
+from bench.attention_options import DTYPES, PRESETS, Setting, parse, settings
+from bench.attention_peers import Problem
+from bench.attention_providers import MAKERS, Judge, differentiate, refusal
+from bench.harness import Rows, clocks, header, measure, peak_memory
+from bench.rows import cell
+from videoswin_kernels import window_attention
+from videoswin_kernels.selection import UnavailableError, explain
+
+COLUMNS = {
+    "stage": "stage",
+    "direction": "direction",
+    "shifted": "shifted",
+    "dtype": "dtype",
+    "provider": "provider",
+    "ms": "median ms",
+    "spread": "20-80 %",
+    "tflops": "TFLOP/s",
+    "floor_percent": "% of floor",
+    "peak_mb": "peak MB",
+    "times_eager": "x eager",
+}
+
+
+def prepare(provider: str, problem: Problem, direction: str) -> Callable[[], object]:
+    """The function that is timed; for the backward, its forward has run by then."""
+    trains = direction != "forward"
+    problem = problem.leaves() if trains else problem
+    forward = MAKERS[provider](problem, trains)
+    if not trains:
+        return torch.no_grad()(forward)
+    # Random, as zeros or ones would hide what they multiply.
+    upstream = torch.randn_like(problem.qkv[..., : problem.qkv.shape[-1] // 3])
+    if direction == "backward":
+        out = forward()
+        return lambda: differentiate(out, problem, upstream, keep=True)
+    return lambda: differentiate(forward(), problem, upstream)
+
+
+def attempt(provider: str, problem: Problem, judge: Judge, direction: str) -> tuple:
+    """(the function to be timed, or None, and the items of its row that are known by then)."""
+    with_gradients = direction != "forward"
+    try:
+        reason = refusal(provider, problem, with_gradients)
+        if reason is not None:
+            return None, {"reason": reason}
+        wrong, off = judge.check(provider, with_gradients)
+        if wrong is not None:
+            return None, {"wrong": wrong, "error": off}
+        function = prepare(provider, problem, direction)
+        function()
+        if problem.qkv.is_cuda:
+            # A fault of this provider shall show here, not as one of the next.
+            torch.cuda.synchronize()
+    except UnavailableError as refused:
+        return None, {"reason": str(refused)}
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None, {"reason": "out of memory"}
+    except Exception as fault:  # Whatever it is, the others shall be measured.
+        said = str(fault).strip().splitlines() or [""]
+        return None, {"failed": f"{type(fault).__name__}: {said[0]}", "fault": fault}
+    return function, {"error": off}
+
+
+def compare(
+    setting: Setting,
+    direction: str,
+    providers: Sequence[str],
+    problem: Problem,
+    judge: Judge,
+    ceilings: floors.Ceilings,
+) -> Iterator[dict]:
+    """The rows of a setting and direction, one for each provider, all measured together."""
+    device, preset = problem.qkv.device, PRESETS[setting.preset]
+    attempts = {}
+    for provider in providers:
+        attempts[provider] = function, items = attempt(provider, problem, judge, direction)
+        if isinstance(items.get("fault"), torch.AcceleratorError):
+            # Nothing after it can run on this device in this process.
+            yield {**setting.key, "direction": direction, "provider": provider, **items}
+            raise items["fault"]
+    functions = {each: function for each, (function, _) in attempts.items() if function}
+    timings = measure(functions, device, seconds=preset.seconds, least=preset.least)
+    clocks_after = clocks(device)
+    itemsize = problem.qkv.element_size()
+    works = [
+        floors.attention(setting.stage, setting.batch, part, itemsize)
+        for part in direction.split("+")
+    ]
+    floor_ms, bound = floors.floor(works, ceilings)
+    for provider, (function, items) in attempts.items():
+        row = {**setting.key, "direction": direction, "provider": provider, **items}
+        if function:
+            ms, low, high, count = timings[provider]
+            peak = peak_memory(function, device)
+            row.update(
+                ms=ms,
+                low=low,
+                high=high,
+                count=count,
+                spread=f"{cell(low)}-{cell(high)}",
+                tflops=sum(work.flops for work in works) / ms / 1e9,
+                floor_ms=floor_ms,
+                floor_bound=bound,
+                floor_percent=100 * floor_ms / ms,
+                ceilings=ceilings.source,
+                peak_mb=None if peak is None else peak / 1e6,
+                times_eager=timings["eager"].median / ms if "eager" in timings else None,
+                clocks_after=clocks_after,
+            )
+        yield row
+
+
+def find_ceilings(rows: Rows, device: torch.device, dtype: str, seconds: float) -> floors.Ceilings:
+    """This machine's ceilings, measured once for a file of rows."""
+    key = {"bench": "ceilings", "dtype": dtype}
+    row = rows.find(key)
+    if row is None:
+        measured = floors.measure_ceilings(device, DTYPES[dtype], seconds=seconds)
+        rows.append({**key, **measured._asdict()})
+        return measured
+    return floors.Ceilings(*(row[name] for name in floors.Ceilings._fields))
+
+
+def run(options: argparse.Namespace, rows: Rows) -> tuple[int, int]:
+    """Appends every row that is not there yet; (how many are wrong or failed, how many are left).
+
+    What is left when the minutes are over is counted in settings and directions.
+    """
+    began, bad, left = time.monotonic(), 0, 0
+    device, preset = torch.device(options.device), PRESETS[options.preset]
+    ceilings = find_ceilings(rows, device, options.dtype, min(preset.seconds, 0.6))
+    for setting in settings(options):
+        problem = judge = None
+        for direction in options.direction:
+            key = {**setting.key, "direction": direction}
+            found = [rows.find({**key, "provider": each}) for each in options.providers]
+            if all(found):
+                bad += sum("wrong" in row for row in found)
+                continue
+            if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
+                left += 1
+                continue
+            if problem is None:
+                problem = setting.problem(device)
+                judge = Judge(problem.first_clips())
+            # All of them again where one is missing: they are comparable only within one run.
+            for row in compare(setting, direction, options.providers, problem, judge, ceilings):
+                row.pop("fault", None)
+                bad += "wrong" in row or "failed" in row
+                if not rows.has({**key, "provider": row["provider"]}):
+                    rows.append(row)
+            done = f"stage {setting.number}, {'shifted, ' * setting.shifted}{direction}: done"
+            print(done, file=sys.stderr, flush=True)
+    return bad, left
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the bench and prints its table; the exit status."""
+    options = parse(arguments, __doc__.partition("\n")[0])
+    rows = Rows(options.json, header(options.device))
+    print("  ".join(f"{name} {item}" for name, item in rows.header.items() if item is not None))
+    example = torch.empty(0, dtype=DTYPES[options.dtype], device=options.device)
+    choice = explain(window_attention, example)
+    print(f"kernels='auto' is {choice.kernels} here: {choice.reason}")
+    bad, left = run(options, rows)
+    print(rows.table(COLUMNS, {"bench": "attention", "preset": options.preset}))
+    if left:
+        print(f"{left} settings are left after {options.minutes} minutes; the same command, with")
+        print("the same --json FILE, continues")
+    if bad:
+        print(f"{bad} rows are wrong or failed", file=sys.stderr)
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

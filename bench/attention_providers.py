@@ -1,0 +1,136 @@
+"""Who can run window attention, and whether what they compute is right."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from bench.attention_peers import Problem, eager, sdpa
+from bench.harness import error, gate
+from videoswin_kernels import window_attention
+from videoswin_kernels.selection import UnavailableError
+
+# Kernel sets by name: each may refuse to run here.
+NAMED = ("triton", "cuda", "cpu")
+JUDGED = ("qkv", "bias_table", "pad_qkv")
+
+Function = Callable[[], Tensor]
+
+
+def _ours(kernels: str) -> Callable[[Problem, bool], Function]:
+    def make(problem: Problem, trains_table: bool) -> Function:
+        return lambda: window_attention(
+            problem.qkv,
+            problem.bias_table,
+            window=problem.case.window,
+            shift=problem.case.shift,
+            num_heads=problem.heads,
+            pad_qkv=problem.pad_qkv,
+            kernels=kernels,
+        )
+
+    return make
+
+
+# Each makes the function that is timed of a problem, and of whether its table is trained.
+MAKERS: dict[str, Callable[[Problem, bool], Function]] = {
+    "eager": lambda problem, trains_table: eager(problem),
+    "sdpa": lambda problem, trains_table: sdpa(problem, trains_table=trains_table),
+    "reference": _ours("reference"),
+    **{kernels: _ours(kernels) for kernels in NAMED},
+}
+
+
+def refusal(provider: str, problem: Problem, needs_grad: bool) -> str | None:
+    """Why a provider cannot be timed here, in its own words; None if it can."""
+    if provider not in NAMED:
+        return None
+    width = problem.qkv.shape[-1] // problem.heads
+    qkv = problem.qkv.new_ones((1, 1, 1, 1, width), requires_grad=needs_grad)
+    try:
+        out = window_attention(
+            qkv, qkv.new_ones((1, 1)), window=(1, 1, 1), num_heads=1, kernels=provider
+        )
+        if needs_grad:
+            out.sum().backward()
+    except UnavailableError as refused:
+        return str(refused)
+    if provider == "triton" and not qkv.is_cuda:
+        return (
+            "window_attention: kernels='triton' is interpreted here, as TRITON_INTERPRET is set, "
+            "and interpreted kernels are not timed"
+        )
+    return None
+
+
+def differentiate(
+    out: Tensor, problem: Problem, upstream: Tensor, *, keep: bool = False
+) -> tuple[Tensor, ...]:
+    """Gradients of qkv, bias_table and pad_qkv; zeros where one is not used, as without padding."""
+    return torch.autograd.grad(
+        out,
+        problem.tensors,
+        upstream,
+        retain_graph=keep,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+
+
+class Judge:
+    """The right results of a problem, and those of plain PyTorch in its dtype."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.dtype = problem, problem.qkv.dtype
+        generator = torch.Generator(problem.qkv.device).manual_seed(1)
+        shape = (*problem.qkv.shape[:-1], problem.qkv.shape[-1] // 3)
+        upstream = torch.randn(shape, generator=generator, device=problem.qkv.device)
+        self.upstream = upstream.to(self.dtype)
+        self.exact = self._results("reference", torch.float64, with_gradients=True)
+        self.naive = self._results("reference", self.dtype, with_gradients=True)
+        self._checked: dict[tuple[str, bool], tuple[str | None, float]] = {}
+
+    def _results(self, provider: str, dtype: torch.dtype, with_gradients: bool) -> dict:
+        """The output and, if wanted, the gradients, under their names."""
+        problem = self.problem.leaves(None if dtype == self.dtype else dtype)
+        with torch.set_grad_enabled(with_gradients):
+            out = MAKERS[provider](problem, with_gradients)()
+        results = {"the output": out.detach()}
+        if with_gradients:
+            grads = differentiate(out, problem, self.upstream.to(dtype))
+            names = (f"the gradient of {name}" for name in JUDGED)
+            results.update(zip(names, grads, strict=True))
+        return results
+
+    def check(self, provider: str, with_gradients: bool) -> tuple[str | None, float]:
+        """(what is wrong or None, the largest error of the results) of a provider."""
+        key = provider, with_gradients
+        if key not in self._checked:
+            self._checked[key] = self._check(*key)
+        return self._checked[key]
+
+    def _check(self, provider: str, with_gradients: bool) -> tuple[str | None, float]:
+        with poisoned() if provider in NAMED else contextlib.nullcontext():
+            got = self._results(provider, self.dtype, with_gradients)
+        exact = {name: self.exact[name] for name in got}
+        off = max(error(got[name], exact[name]) for name in exact)
+        return gate(got, exact, self.naive, self.dtype), off
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory is NaN in it, so that what a kernel does not write shows."""
+    was = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        # Of operations that have no deterministic form, which are not what is asked for here.
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(was, warn_only=only_warns)

@@ -1,0 +1,206 @@
+"""What every bench shares: the clock, the peak of memory, the error and the gate before the clock.
+
+`header` and `Rows` stand here for its users; they are written in machine.py and rows.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from math import ceil
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.machine import clocks as clocks
+from bench.machine import header as header
+from bench.rows import Rows as Rows
+
+# Calls before the first that counts: on a GPU as many as 0.5 s take, so that clocks have risen.
+WARM_CALLS = {"cuda": 3, "cpu": 1}
+WARM_SECONDS = {"cuda": 0.5, "cpu": 0.0}
+# A result that is further off than this is wrong, however wrong the naive result is.
+CAP = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+
+
+class Timing(NamedTuple):
+    """Median and 20th and 80th percentile in milliseconds, and how many repetitions they are of."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+
+def measure(
+    functions: Mapping[str, Callable[[], object]],
+    device: torch.device | str,
+    *,
+    seconds: float = 2.0,
+    least: int = 5,
+    most: int = 1000,
+    clock: Callable[[], float] | None = None,
+) -> dict[str, Timing]:
+    """How long each function takes, all of them under the same conditions.
+
+    They are called in turn, one repetition of each, in an order that moves on by one every time:
+    clocks and neighbours that drift or fall into step meet all of them. On a GPU the time is that
+    between two device events, from caches without their data, and without the time that the host
+    needs to launch (unless that is more than some milliseconds, or the function waits for the
+    device). On a CPU it is what the clock says.
+
+    Args:
+        functions: name -> what is timed; what it returns is dropped.
+        device: where they run.
+        seconds: how long all of them repeat in all, beyond warming up.
+        least: repetitions of each there are at least, however long they take.
+        most: repetitions of each there are at most.
+        clock: seconds; a test's own in place of the monotonic one.
+    """
+    if not functions:
+        return {}
+    device = torch.device(device)
+    clock = clock or time.perf_counter
+    timer = _Events(device) if device.type == "cuda" else _Clock(clock)
+    began, calls = clock(), 0
+    while calls < WARM_CALLS[device.type] or clock() - began < WARM_SECONDS[device.type]:
+        for function in functions.values():
+            timer.warm(function)
+        calls += 1
+    names = list(functions)
+    samples = {name: [] for name in names}
+    began, count = clock(), 0
+    while count < most and (count < least or clock() - began < seconds):
+        first = count % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name].append(timer.time(functions[name]))
+        count += 1
+    return {name: _timing(values) for name, values in samples.items()}
+
+
+def _timing(samples: list[float]) -> Timing:
+    low, median, high = np.percentile(samples, (20, 50, 80)).tolist()
+    return Timing(median, low, high, len(samples))
+
+
+class _Clock:
+    """Times a function of the CPU by a clock of seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+
+    def warm(self, function: Callable[[], object]) -> None:
+        function()
+
+    def time(self, function: Callable[[], object]) -> float:
+        began = self.clock()
+        function()
+        return (self.clock() - began) * 1e3
+
+
+class _Events:
+    """Times a function of a GPU by device events.
+
+    Before each repetition the device sweeps a buffer of four times its second-level cache. That
+    leaves nothing of the last repetition there, and nothing to be written back during the next
+    one, as what was swept last was only read. It also gives the host time to queue the launches,
+    for which it is repeated as long as the slowest host needs: on an idle device the events would
+    measure the host.
+    """
+
+    MOST_SWEEPS = 48
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        size = torch.cuda.get_device_properties(device).L2_cache_size
+        self.buffer = torch.zeros(max(size, 2**24), dtype=torch.float32, device=device)
+        self.launch_ms: dict[Callable[[], object], float] = {}
+        # The first calls load the kernels of the sweep itself.
+        self.sweep_ms = [self._between(self.sweep) for _ in range(4)][-1]
+
+    def sweep(self) -> None:
+        self.buffer.zero_()
+        self.buffer.sum()
+
+    def _between(self, function: Callable[[], object]) -> float:
+        """Milliseconds of the device between the two ends of a function."""
+        with torch.cuda.device(self.device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def warm(self, function: Callable[[], object]) -> None:
+        torch.cuda.synchronize(self.device)
+        began = time.perf_counter()
+        function()
+        launch_ms = (time.perf_counter() - began) * 1e3
+        # The first calls compile; the fastest of a few is what launching takes.
+        self.launch_ms[function] = min(launch_ms, self.launch_ms.get(function, launch_ms))
+
+    def time(self, function: Callable[[], object]) -> float:
+        sweeps = 1 + ceil(1.2 * max(self.launch_ms.values()) / self.sweep_ms)
+        for _ in range(min(sweeps, self.MOST_SWEEPS)):
+            self.sweep()
+        return self._between(function)
+
+
+def peak_memory(function: Callable[[], object], device: torch.device | str) -> int | None:
+    """Bytes of device memory that a call needed beyond those held before it; None on a CPU."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def error(got: Tensor | None, exact: Tensor) -> float:
+    """||got - exact|| / ||exact|| in float64; infinite where it is no number, or got is missing."""
+    if got is None or got.shape != exact.shape:
+        return float("inf")
+    exact = exact.detach().double()
+    difference = (got.detach().to(exact.device).double() - exact).norm().item()
+    size = exact.norm().item()
+    if difference == 0:
+        return 0.0
+    ratio = difference / size if size else float("inf")
+    return ratio if ratio == ratio else float("inf")
+
+
+def gate(
+    got: Mapping[str, Tensor | None],
+    exact: Mapping[str, Tensor],
+    naive: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> str | None:
+    """What is wrong with a provider's results, in words that end a sentence; None if nothing is.
+
+    The budget of each result: twice the error of the naive one in this dtype, and one rounding;
+    and never more than `CAP`, so that the naive provider can be judged, too.
+
+    Args:
+        got: name -> result of the provider.
+        exact: name -> the same in float64, for every name that is to be judged.
+        naive: name -> what plain PyTorch gives in `dtype`.
+        dtype: that of the calculation.
+    """
+    for name, truth in exact.items():
+        rounding = torch.finfo(dtype).eps / 2
+        allowed = min(2 * error(naive[name], truth) + rounding, CAP[dtype])
+        off = error(got.get(name), truth)
+        if not off <= allowed:
+            return f"{name} is off by {off:.1e}, where {allowed:.1e} is allowed"
+    return None
