@@ -33,7 +33,7 @@ from videoswin_kernels.triton.column_sums import PARTS, column_sums, empty_parti
 def key_configuration(
     architecture: int, dtype: torch.dtype, tokens: int, head_width: int
 ) -> Configuration:
-    """That of the kernel that owns keys; the others divide a window as the forward kernel does.
+    """That of the kernel that owns keys; the one that owns queries has the forward kernel's.
 
     It keeps most in registers, so it has small tiles, and loads nothing ahead.
     """
@@ -42,6 +42,14 @@ def key_configuration(
     else:
         chosen = Configuration(32, 64 if architecture >= 90 else 32, num_warps=4, num_stages=1)
     return chosen.within(tokens)
+
+
+def bias_configuration(
+    architecture: int, dtype: torch.dtype, tokens: int, head_width: int
+) -> Configuration:
+    """That of the kernel that owns pairs; it, too, has no registers left to load float32 ahead."""
+    chosen = configuration(architecture, dtype, tokens, head_width)
+    return chosen._replace(num_stages=1) if dtype == torch.float32 else chosen
 
 
 @triton.jit(do_not_specialize=["num_grid", "num_windows", "tokens", "windows_of_all", "tiles"])
@@ -258,9 +266,11 @@ def launch_window_attention_backward(
     channels = out.shape[-1]
     head_width = channels // num_heads
     asked = (architecture(qkv), qkv.dtype, tokens, head_width)
-    by_pair, by_key = configuration(*asked), key_configuration(*asked)
+    by_query, by_key = configuration(*asked), key_configuration(*asked)
+    by_pair = bias_configuration(*asked)
     windows = clips * vectors.num_windows
-    bias = expand_bias(bias_table, vectors, max(by_pair.block_keys, by_key.block_keys))
+    widest = max(chosen.block_keys for chosen in (by_query, by_key, by_pair))
+    bias = expand_bias(bias_table, vectors, widest)
     row_sums = torch.empty_like(log_sum_exp)
     is_exact = qkv.dtype == torch.float32
     factors = torch.empty_like(log_sum_exp) if is_exact else row_sums
@@ -275,7 +285,7 @@ def launch_window_attention_backward(
         "HEAD_WIDTH": head_width,
     }
 
-    queries = blocks(tokens, by_pair.block_queries)
+    queries = blocks(tokens, by_query.block_queries)
     launch(
         query_gradient_kernel,
         (num_heads * windows * queries,),
@@ -287,7 +297,7 @@ def launch_window_attention_backward(
         scale,
         NEEDS_QKV=needs_qkv,
         **options,
-        **by_pair.options(),
+        **by_query.options(),
     )
     has_pads = needs_pad and vectors.has_padding
     if needs_qkv or has_pads:
@@ -319,7 +329,8 @@ def launch_window_attention_backward(
         del partial
     if needs_table:
         grad_bias = bias.new_empty((num_heads, tokens, tokens))
-        grid = (blocks(tokens, by_pair.block_keys), queries, num_heads)
+        queries, keys = (blocks(tokens, size) for size in by_pair[:2])
+        grid = (keys, queries, num_heads)
         options |= by_pair.options()
         launch(bias_gradient_kernel, grid, *read, grad_bias, *sizes, scale, **options)
         gather_table_gradient(grad_table, grad_bias, vectors)
