@@ -5,6 +5,8 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
+pytest.importorskip("tyro")
+
 from train.recipe import (
     FREE_FIELDS,
     RECIPES,

@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("av")
 pytest.importorskip("decord")
+pytest.importorskip("tyro")
 
 from train import evaluate, predict
 from train.__main__ import main as train_main
