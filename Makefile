@@ -2,10 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+OLDEST := $(VENV)-oldest/bin/python
+# Side by side, a file in one process, which keeps what its tests share.
+SPREAD := -n auto --maxprocesses 4 --dist loadfile
 OUTPUT := runs/demo
 VIDEOS := runs/demo-videos
+# Whose tests are run with the oldest torch and Triton, too.
+OPERATORS := attention attention_backward attention_extremes attention_windows cyclic_shift \
+	patch_merging residual_norm window_partition
 
-.PHONY: demo test verify mutants lint clean
+.PHONY: demo test verify oldest mutants lint clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m train.synthetic $(VIDEOS)
@@ -14,10 +20,14 @@ demo: $(VENV)/.demo
 	$(RUN) -m train.predict $(VIDEOS)/test/clockwise/00000.mp4 --checkpoint $(OUTPUT)/last.pt
 
 test: $(VENV)/.test
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest $(SPREAD) -m "not slow"
 
-verify: $(VENV)/.test mutants
-	$(RUN) -m pytest
+verify: $(VENV)/.test oldest mutants
+	$(RUN) -m pytest $(SPREAD)
+
+oldest: $(VENV)-oldest/.made
+	$(OLDEST) -m pytest $(SPREAD) -m "not slow" $(patsubst %,tests/test_%.py,$(OPERATORS))
+	$(OLDEST) -m pytest -n auto --maxprocesses 4 tests/test_triton_compiles.py
 
 mutants: $(VENV)/.test
 	$(RUN) tests/mutations/run.py
@@ -27,7 +37,7 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 
 clean:
-	rm -rf $(VENV) $(OUTPUT) $(VIDEOS) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(OUTPUT) $(VIDEOS) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.made:
@@ -44,3 +54,8 @@ $(VENV)/.demo: requirements.txt | $(VENV)/.made
 $(VENV)/.test: requirements-test.txt requirements.txt | $(VENV)/.made
 	$(RUN) -m pip install --quiet -r requirements-test.txt
 	touch $@ $(VENV)/.demo
+
+$(VENV)-oldest/.made: requirements-oldest.txt $(VENV)/.made
+	@$(PYTHON) -m venv $(VENV)-oldest || { rm -rf $(VENV)-oldest; exit 1; }
+	$(OLDEST) -m pip install --quiet -r requirements-oldest.txt
+	touch $@

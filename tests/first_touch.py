@@ -1,6 +1,6 @@
 """One row of the first-touch matrix: what a fresh process does first with a kernel set.
 
-    python tests/first_touch.py ROW --kernels triton --device cpu [--differentiable] [--files DIR]
+    python tests/first_touch.py ROW --kernels triton --device cpu [--files DIR]
 
 Imports torch, and forks for every subject before anything of ours is loaded, so that each starts
 as cold as a process of its own. Prints a JSON object of {subject: "" or the traceback}.
@@ -125,8 +125,6 @@ class Bench:
 
     def __init__(self, subject, options):
         self.subject, self.options = subject, options
-        attends = subject in ("window_attention", "model")
-        self.has_gradients = options.differentiable or not attends
 
     def build(self, kernels=None):
         """The module; the same parameters whatever the kernel set."""
@@ -148,12 +146,8 @@ class Bench:
         return torch.randn(shape, generator=generator).to(self.options.device)
 
     def step(self, call, module, number=0):
-        """[output, gradients of the input and of every parameter], the latter where there are."""
-        x = self.x(number)
-        if not self.has_gradients:
-            with torch.no_grad():
-                return [call(x)]
-        x.requires_grad_()
+        """[output, gradients of the input and of every parameter]."""
+        x = self.x(number).requires_grad_()
         out = call(x)
         loss = (out * out.detach().cos()).sum()
         return [out, *torch.autograd.grad(loss, [x, *module.parameters()])]
@@ -231,11 +225,11 @@ class Capture:
         self.seen.append("dynamo")
         return self.backend(graph, example_inputs)
 
-    def check(self, bench):
+    def check(self):
         """One graph each: dynamo may start over within a compilation, AOT compiles but once."""
-        kinds = ["forward", "backward"] if bench.has_gradients else ["forward"]
         assert self.seen[0] == "dynamo"
-        assert [kind for kind in self.seen if kind != "dynamo"] == kinds, self.seen
+        others = [kind for kind in self.seen if kind != "dynamo"]
+        assert others == ["forward", "backward"], self.seen
 
 
 def eager(bench):
@@ -255,7 +249,7 @@ def eager(bench):
 def compiled(bench):
     module, capture = bench.module(), Capture()
     bench.check(torch.compile(module, fullgraph=True, backend=capture), module)
-    capture.check(bench)
+    capture.check()
     bench.check(module, module)
 
 
@@ -264,7 +258,7 @@ def dynamic(bench):
     call = torch.compile(module, fullgraph=True, dynamic=True, backend=capture)
     for number in range(3):
         bench.check(call, module, number)
-    capture.check(bench)
+    capture.check()
 
 
 def inductor(bench):
@@ -418,7 +412,6 @@ def main():
     parser.add_argument("row", choices=ROWS)
     parser.add_argument("--kernels", default="triton")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--differentiable", action="store_true")
     parser.add_argument("--files")
     options = parser.parse_args()
     said = {}

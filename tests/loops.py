@@ -184,6 +184,48 @@ def window_attention(
     return result
 
 
+def window_attention_gradients(
+    grad_out, qkv, bias_table, window, shift, num_heads, pad_qkv=None, scale=None
+):
+    """(grad_qkv, grad_table, grad_pad), numpy float64: what each pair of places adds, one by one.
+
+    The gradient of score[i, j] is weight[i, j] * grad_out[i] . (v[j] - out[i]): what the pair adds
+    to its row of the table, and times scale the share of q[i] in k[j] and of k[j] in q[i].
+    """
+    batch, grid, channels = qkv.shape[0], tuple(qkv.shape[1:4]), qkv.shape[4] // 3
+    width = channels // num_heads
+    scale = scale or width**-0.5
+    table = windows(grid, window, shift)
+    region = regions(grid, window, shift)
+    rows = relative_rows(grid, window)
+    pad = np.zeros(3 * channels) if pad_qkv is None else pad_qkv
+    grad_qkv, grad_table = np.zeros_like(qkv), np.zeros_like(bias_table)
+    grad_pad = np.zeros(3 * channels)
+    for b, m, head in itertools.product(range(batch), range(len(table)), range(num_heads)):
+        part = [slice(at, at + width) for at in range(head * width, 3 * channels, channels)]
+        packed = [pad if token is None else qkv[(b, *token)] for token in table[m]]
+        into = [grad_pad if token is None else grad_qkv[(b, *token)] for token in table[m]]
+        for i, token in enumerate(table[m]):
+            if token is None:
+                continue
+            query, up = packed[i][part[0]], grad_out[(b, *token)][part[0]]
+            scores = [
+                scale * query @ key[part[1]] + bias_table[row, head]
+                for key, row in zip(packed, rows[i], strict=True)
+            ]
+            scores = np.array(scores) + np.where(region[m] != region[m][i], -100.0, 0.0)
+            weights = np.exp(scores - scores.max())
+            weights = weights / weights.sum()
+            towards = np.array([up @ value[part[2]] for value in packed])
+            steps = weights * (towards - weights @ towards)
+            for j, row in enumerate(rows[i]):
+                grad_table[row, head] += steps[j]
+                into[i][part[0]] += scale * steps[j] * packed[j][part[1]]
+                into[j][part[1]] += scale * steps[j] * query
+                into[j][part[2]] += weights[j] * up
+    return grad_qkv, grad_table, grad_pad
+
+
 def layer_norm(row, weight, bias, eps):
     """LayerNorm of one vector with the biased variance."""
     mean = row.mean()

@@ -158,26 +158,6 @@ def every(operator, dtypes=None, *, compiled=False, device=None):
     return pytest.mark.parametrize(("run", "dtype"), pairs, ids=names)
 
 
-@functools.cache
-def reason_against_gradients(run):
-    """The sentence with which attention refuses to be differentiated, or None if it does not."""
-    out = smallest_call("window_attention", run.kernels, run.device, grad=True)
-    try:
-        out.sum().backward()
-    except RuntimeError as error:
-        # Any other error is no refusal but a fault, which the tests of gradients shall show.
-        if re.search(r"^window_attention: [^\n]*\bno backward yet\b[^\n]*$", str(error)):
-            return str(error)
-    return None
-
-
-def needs_gradients(run):
-    """Skips a test of attention's gradients where there are none yet."""
-    reason = reason_against_gradients(run)
-    if reason is not None:
-        pytest.skip(reason)
-
-
 def random(*shape, dtype=torch.float64, std=1.0, grad=False):
     """Normal values that are exact in the dtype."""
     return (torch.randn(*shape, dtype=torch.float64) * std).to(dtype).requires_grad_(grad)
@@ -267,7 +247,7 @@ def refuses(operator, argument, got, kind=(ValueError, TypeError)):
     assert any(form in said for form in forms), f"{message!r} does not say that it got {got!r}"
 
 
-def assert_compiles(run, function, make_inputs, *, exact, backward=True):
+def assert_compiles(run, function, make_inputs, *, exact):
     """The traced function equals eager, outputs and gradients, for changing batch sizes.
 
     At most two graphs: the first is static, the second has the batch size as a symbol.
@@ -279,13 +259,10 @@ def assert_compiles(run, function, make_inputs, *, exact, backward=True):
         inputs = [run.leaf(value) for value in make_inputs(batch)]
         results = []
         for call in (function, compiled):
-            with torch.set_grad_enabled(backward):
-                outputs = call(*inputs)
+            outputs = call(*inputs)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            if backward:
-                total = sum((output * output.detach().cos()).sum() for output in outputs)
-                outputs = (*outputs, *torch.autograd.grad(total, inputs))
-            results.append(outputs)
+            total = sum((output * output.detach().cos()).sum() for output in outputs)
+            results.append((*outputs, *torch.autograd.grad(total, inputs)))
         for eager, traced in zip(*results, strict=True):
             tolerance = 0.0 if exact else 1e-5
             torch.testing.assert_close(traced, eager, rtol=tolerance, atol=tolerance)

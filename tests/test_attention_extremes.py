@@ -1,12 +1,16 @@
-"""window_attention where values are infinite, and under torch's switches for TF32."""
+"""window_attention where values are infinite, huge or tiny, and under torch's switches for TF32."""
 
 import loops
 import numpy as np
 import operator_suite as suite
+import plain
 import pytest
 import torch
+from test_attention import make, naive
+from test_attention_backward import SEEN, TILES
 
 from videoswin_kernels import window_attention
+from videoswin_kernels.testing import ATTENTION, Case
 
 EVERY = suite.every("window_attention")
 WINDOW = (2, 7, 7)
@@ -73,3 +77,115 @@ def test_float32_products_are_exact_unless_torch_allows_tf32(value):
         assert compiler.dot_precision() == ("ieee" if value == "highest" else "tf32")
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def gradients(run, given, up, case, is_exact=False):
+    """Gradients of (qkv, table, pad_qkv) by a kernel set, or of the float64 composition."""
+    leaves = [suite.exact_leaf(v) if is_exact else v.detach().requires_grad_() for v in given]
+    options = {"window": case.window, "shift": case.shift, "num_heads": given[1].shape[1]}
+    if is_exact:
+        result = plain.attention(*leaves[:2], pad_qkv=leaves[2], **options)
+    else:
+        result = run(window_attention, *leaves[:2], pad_qkv=leaves[2], **options)
+    return suite.gradients(result, leaves, up)
+
+
+def assert_near(got, exact, share):
+    """Finite, and off by no more than a share of the largest value."""
+    for grad, other in zip(got, exact, strict=True):
+        assert torch.isfinite(grad).all()
+        limit = share * other.abs().max().item() + 1e-30
+        torch.testing.assert_close(grad.double(), other, rtol=0, atol=limit)
+
+
+@suite.every("window_attention", [torch.float16], compiled=True)
+def test_large_gradients_in_float16_pass_where_products_of_them_do_not_fit(run, dtype):
+    given = make(SEEN, batch=1, dtype=dtype)
+    for value in (given[0], given[2]):
+        value[..., :64] /= 4
+        value[..., 64:] *= 8
+    up = suite.random(1, *SEEN.grid, 32, dtype=dtype, std=2000)
+    exact = gradients(run, given, up, SEEN, is_exact=True)
+    values = given[0][..., 64:].double().view(-1, 2, 16)
+    products = torch.einsum("ihe,jhe->hij", up.double().view(-1, 2, 16), values)
+    assert products.abs().max() > 2 * torch.finfo(dtype).max
+    assert all(grad.abs().max() < torch.finfo(dtype).max / 2 for grad in (exact[0], exact[2]))
+    # The reference rounds the products to float16, as upstream does: infinite.
+    assert_near(gradients(run, given, up, SEEN), exact, 4e-3)
+
+
+@suite.every("window_attention", suite.LOW)
+def test_small_gradients_in_a_half_precision_are_not_lost(run, dtype):
+    given = make(SEEN, batch=1, dtype=dtype)
+    # Below the normal numbers of float16.
+    up = suite.random(1, *SEEN.grid, 32, dtype=dtype, std=2.0**-17)
+    exact = gradients(run, given, up, SEEN, is_exact=True)
+    leaves = [value.detach().requires_grad_() for value in given]
+    own = suite.gradients(naive(run, leaves, SEEN), leaves, up)
+    for value, *parts in zip(given, gradients(run, given, up, SEEN), exact, own, strict=True):
+        assert parts[0].any()
+        suite.assert_budget(*parts, value.dtype)
+
+
+@EVERY
+@pytest.mark.trap(6)
+def test_gradients_where_the_mask_leaks(run):
+    case = ATTENTION["exact"]
+    qkv, *rest = make(case, batch=1, dtype=torch.float32)
+    given = [qkv * 20, *rest]
+    up = suite.random(1, *case.grid, 32, dtype=torch.float32)
+    exact = gradients(run, given, up, case, is_exact=True)
+    leaves = [value.detach().requires_grad_() for value in given]
+    own = suite.gradients(naive(run, leaves, case), leaves, up)
+    for *parts, _ in zip(gradients(run, given, up, case), exact, own, given, strict=True):
+        suite.assert_budget(*parts, torch.float32)
+    hidden = [suite.exact_leaf(value) for value in given]
+    hidden = suite.gradients(naive(run, hidden, case, masked=-1e4), hidden, up)
+    assert (hidden[0] - exact[0]).abs().max() > 0.1
+
+
+@suite.every("window_attention", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", [SEEN, TILES], ids=["one tile", "tiles"])
+def test_gradients_of_one_dominant_score(case, run, dtype):
+    """Each token sees itself alone: its value gets what came, and nothing else gets anything."""
+    qkv, table, pad = make(case, batch=1, dtype=dtype)
+    table[:] = 0
+    # That of the diagonal, in a clamped window, too.
+    table[(loops.table_rows(case.window) - 1) // 2] = 500
+    up = suite.random(1, *case.grid, 32, dtype=dtype)
+    grad_qkv, *others = gradients(run, (qkv, table, pad), up, case)
+    assert torch.equal(grad_qkv[..., 64:], up)
+    small = torch.finfo(dtype).eps * 100
+    assert grad_qkv[..., :64].abs().max() < small
+    assert all(value.abs().max() < small for value in others)
+
+
+@EVERY
+@pytest.mark.trap(8)
+@pytest.mark.parametrize("bias", ["300", "-300", "both", "rows apart"])
+def test_gradients_under_large_biases(bias, run):
+    """All alike they cancel; what a tile has beyond the window's places must not see them."""
+    qkv, table, pad = make(TILES, batch=1, dtype=torch.float32)
+    table = {
+        "300": torch.full_like(table, 300),
+        "-300": torch.full_like(table, -300),
+        "both": table.sign() * 300,
+        "rows apart": table + 300 * torch.linspace(-1, 1, len(table))[:, None],
+    }[bias]
+    up = suite.random(1, *TILES.grid, 32, dtype=torch.float32)
+    exact = gradients(run, (qkv, table, pad), up, TILES, is_exact=True)
+    # A float32 of 300 is 1.5e-5 from the next.
+    assert_near(gradients(run, (qkv, table, pad), up, TILES), exact, 1e-4)
+
+
+@EVERY
+def test_gradients_under_a_causal_table(run):
+    grid, case = (2, 7, 7), Case((2, 7, 7), WINDOW, (0, 0, 0))
+    qkv, table = inputs(grid)
+    hidden = torch.from_numpy(np.unique(loops.relative_rows(grid, WINDOW)[49:, :49]))
+    table[hidden] = -torch.inf
+    up = suite.random(1, *grid, 16, dtype=torch.float32)
+    got = gradients(run, (qkv, table, torch.zeros(48)), up, case)
+    exact = gradients(run, (qkv, table, torch.zeros(48)), up, case, is_exact=True)
+    assert not got[1][hidden].any()
+    assert_near(got, exact, 1e-5)

@@ -1,5 +1,7 @@
 """window_attention: windows of the size of real models, and the log-sum-exp of a kernel set."""
 
+from functools import partial
+
 import operator_suite as suite
 import plain
 import pytest
@@ -7,7 +9,7 @@ import torch
 from test_attention import attend, exactly, make, naive
 
 from videoswin_kernels import window_attention
-from videoswin_kernels.testing import ATTENTION, HEAD_WIDTHS, LARGE, PRODUCTION
+from videoswin_kernels.testing import ATTENTION, HEAD_WIDTHS, LARGE, PRODUCTION, Case
 
 COMPILED = suite.every("window_attention", compiled=True)
 SEVERAL = {name: ATTENTION[name] for name in ("padded, unshifted", "exact", "H and W clamped")}
@@ -46,33 +48,51 @@ def test_windows_of_real_models_in_every_dtype_and_width(name, width, run, dtype
     check(run, LARGE[name], width, dtype, batch=2)
 
 
-@suite.every("window_attention", [torch.float32])
-@pytest.mark.parametrize("name", ["8x7x7, padded", "16x7x7, D clamped"])
-def test_gradients_in_windows_of_real_models(name, run, dtype):
-    suite.needs_gradients(run)
-    case = LARGE[name]
-    inputs = one_head(case, dtype=dtype, grad=True)
+def check_gradients(run, case, width, dtype, batch=1):
+    inputs = one_head(case, batch, width, dtype, grad=True)
     leaves = [suite.exact_leaf(value) for value in inputs]
-    weight = suite.random(1, *case.grid, 16, dtype=dtype)
+    weight = suite.random(batch, *case.grid, width, dtype=dtype)
     got = suite.gradients(attend(run, inputs, case, num_heads=1), inputs, weight)
     own = suite.gradients(naive(run, inputs, case, num_heads=1), inputs, weight)
     exact = suite.gradients(exactly(leaves, case, num_heads=1), leaves, weight)
-    for parts in zip(got, exact, own, strict=True):
-        suite.assert_budget(*parts, dtype)
+    for value, *parts in zip(inputs, got, exact, own, strict=True):
+        suite.assert_budget(*parts, value.dtype)
+
+
+@suite.every("window_attention", [torch.float32, torch.float16])
+def test_gradients_in_windows_of_a_real_model(run, dtype):
+    check_gradients(run, LARGE["8x7x7, padded"], 16, dtype)
+
+
+@pytest.mark.slow
+@suite.every("window_attention", suite.DTYPES)
+@pytest.mark.parametrize("width", [16, 32])
+@pytest.mark.parametrize("name", LARGE | {"16x7x7, D clamped to 8": None})
+def test_gradients_in_windows_of_real_models(name, width, run, dtype):
+    case = LARGE.get(name, Case((8, 7, 7), (16, 7, 7), (8, 3, 3)))
+    check_gradients(run, case, width, dtype)
 
 
 @suite.every("window_attention", suite.DTYPES[1:], device="cuda")
 @pytest.mark.parametrize("name", PRODUCTION)
 def test_the_stages_of_swin_t(name, run, dtype):
     case, channels, heads = PRODUCTION[name]
-    qkv = suite.random(1, *case.grid, 3 * channels, dtype=dtype)
-    table, pad = suite.random(2535, heads).float(), suite.random(3 * channels, dtype=dtype)
+    qkv = suite.random(1, *case.grid, 3 * channels, dtype=dtype, grad=True)
+    table = suite.random(2535, heads, dtype=torch.float32, grad=True)
+    inputs = qkv, table, suite.random(3 * channels, dtype=dtype, grad=True)
+    weight = suite.random(1, *case.grid, channels, dtype=dtype)
     options = {"window": case.window, "shift": case.shift, "num_heads": heads}
-    result = run(window_attention, qkv, table, pad_qkv=pad, **options)
-    own = run.plain(plain.attention, qkv, table, pad_qkv=pad, **options)
-    wide = [value.double() for value in (qkv, table)]
-    exact = run.plain(plain.attention, *wide, pad_qkv=pad.double(), **options)
-    suite.assert_budget(result, exact, own, dtype)
+
+    def differentiated(call, inputs):
+        result = call(*inputs[:2], pad_qkv=inputs[2], **options)
+        return result, *suite.gradients(result, inputs, weight)
+
+    got = differentiated(partial(run, window_attention), inputs)
+    own = differentiated(partial(run.plain, plain.attention), inputs)
+    leaves = [suite.exact_leaf(value) for value in inputs]
+    exact = differentiated(partial(run.plain, plain.attention), leaves)
+    for value, *parts in zip((qkv, *inputs), got, exact, own, strict=True):
+        suite.assert_budget(*parts, value.dtype)
 
 
 def registered(run, inputs, case, heads=2):

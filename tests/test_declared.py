@@ -137,16 +137,17 @@ def test_flops_of_attention_and_its_backward_without_running_them(name, run):
 def test_the_profiler_shows_the_operators_by_name(run):
     norm = tensors(run, "residual_norm", grad=("x",))
     merging = tensors(run, "patch_merging", grad=("x",))
+    attention = tensors(run, "window_attention", grad=("qkv",))
     with torch.profiler.profile() as profile:
         x = cyclic_shift(norm["x"], (1, 1, 1), kernels=run.kernels)
         windows = window_partition(x, **WINDOW, kernels=run.kernels)
         window_reverse(windows, grid=(2, 3, 4), **WINDOW, kernels=run.kernels)
-        with torch.no_grad():
-            call(run, "window_attention", tensors(run, "window_attention"))
+        call(run, "window_attention", attention).sum().backward()
         call(run, "residual_norm", norm)[1].sum().backward()
         call(run, "patch_merging", merging).sum().backward()
     shown = {event.key for event in profile.key_averages()}
-    names = {*suite.OPERATORS, "residual_norm_backward", "patch_merging_backward"}
+    arithmetic = ("window_attention", "residual_norm", "patch_merging")
+    names = {*suite.OPERATORS, *(f"{name}_backward" for name in arithmetic)}
     missing = {f"videoswin_{run.kernels}::{name}" for name in names} - shown
     assert not missing, sorted(key for key in shown if "videoswin" in key)
 
@@ -170,8 +171,6 @@ NEEDS = [
 @EVERY
 @pytest.mark.parametrize(("operator", "grad", "needs"), NEEDS)
 def test_gradients_that_nobody_asks_for_are_not_computed(operator, grad, needs, run):
-    if operator == "window_attention":
-        suite.needs_gradients(run)
     named = tensors(run, operator, grad=grad)
     if operator == "residual_norm":
         # Without a scale the gradients of x and branch may be one.
@@ -218,8 +217,6 @@ def test_a_result_that_is_not_used_brings_no_gradient_of_zeros(which, run):
 @pytest.mark.parametrize("operator", ["patch_merging", "residual_norm", "window_attention"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_gives_the_same_gradients(reentrant, operator, run):
-    if operator == "window_attention":
-        suite.needs_gradients(run)
     named = tensors(run, operator)
     names = list(named)
     grads = []
@@ -277,8 +274,6 @@ def test_autocast_leaves_what_is_moved_alone(run, dtype):
 @EVERY
 @pytest.mark.parametrize("operator", ["patch_merging", "residual_norm", "window_attention"])
 def test_a_double_backward_is_refused_in_one_sentence(operator, run):
-    if operator == "window_attention":
-        suite.needs_gradients(run)
     named = tensors(run, operator)
     named = {name: value.requires_grad_() for name, value in named.items()}
     total = sum(value.square().sum() for value in as_tuple(call(run, operator, named)))
@@ -296,8 +291,6 @@ def test_a_double_backward_is_refused_in_one_sentence(operator, run):
 @pytest.mark.parametrize("operator", ["patch_merging", "residual_norm", "window_attention"])
 def test_gradients_are_the_same_bits_on_every_run(operator, run):
     torch.use_deterministic_algorithms(False)
-    if operator == "window_attention":
-        suite.needs_gradients(run)
     named = tensors(run, operator)
     if operator != "window_attention":
         # Enough rows that their sum into weight and bias is cut into parts.

@@ -52,8 +52,6 @@ def play(run, row, files):
     """{subject: traceback} of a row."""
     command = [sys.executable, str(ROOT / "tests" / "first_touch.py"), row, *("--kernels", run[0])]
     command += ["--device", run.device, "--files", str(files)]
-    if suite.reason_against_gradients(run) is None:
-        command.append("--differentiable")
     variables = environment(run) | {"TORCHINDUCTOR_CACHE_DIR": str(files / "inductor" / row)}
     done = subprocess.run(
         command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300, check=False

@@ -12,7 +12,7 @@ import pytest
 import torch
 from model_suite import error, golden_case
 from test_declared import Calls
-from test_golden import parameters_of, torchvisions
+from test_golden import backward, parameters_of, torchvisions
 
 from model import SwinTransformer3D
 from videoswin_kernels import window_attention
@@ -72,18 +72,17 @@ def test_auto_takes_no_kernels_of_a_gpu_for_cpu_tensors(operator, kernels):
 
 
 @ATTENDS
-def test_auto_trains_on_a_gpu_whether_or_not_attention_has_a_backward(run):
+def test_auto_trains_on_a_gpu(run):
     if run.device != "cuda":
         pytest.skip("auto takes compiled kernels on CUDA tensors alone")
     with Calls(run.kernels) as calls:
         suite.smallest_call("window_attention", "auto", "cuda", grad=True).sum().backward()
-    has_gradients = suite.reason_against_gradients(run) is None
-    assert ("window_attention" in calls.names) <= has_gradients
+    assert calls.names == ["window_attention", "window_attention_backward"]
 
 
 @ATTENDS
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_attention_runs_forward_in_every_grad_mode(context, run):
+def test_attention_runs_in_every_grad_mode(context, run):
     qkv = run.leaf(suite.random(2, 3, 4, 5, 96, dtype=torch.float32, grad=True))
     table = run.put(torch.randn(75, 2))
     options = {"window": (2, 3, 3), "shift": (1, 1, 1), "num_heads": 2}
@@ -95,31 +94,28 @@ def test_attention_runs_forward_in_every_grad_mode(context, run):
 
 
 @ATTENDS
-def test_a_backward_that_is_not_there_is_refused_in_one_sentence(run):
-    if suite.reason_against_gradients(run) is None:
-        pytest.skip("attention has its backward")
-    out = suite.smallest_call("window_attention", run.kernels, run.device, grad=True)
-    with pytest.raises(RuntimeError, match=r"^window_attention: [^\n]* no backward yet[^\n]*$"):
-        out.sum().backward()
-
-
-@ATTENDS
 @pytest.mark.parametrize(
     "case",
     [pytest.param("padded_8x7x7", marks=pytest.mark.slow), "odd_video", "clamped_spatial"],
 )
-def test_the_golden_cases_forward(case, run):
-    """Within twice the error of torchvision, as the reference is."""
+def test_the_golden_cases(case, run):
+    """The output and every stored gradient within twice the error of torchvision's."""
     config, tensors = golden_case(case)
     backbone = SwinTransformer3D(**config, kernels=run.kernels)
     backbone.load_state_dict(parameters_of(tensors))
-    with torch.no_grad(), Calls(run.kernels) as calls:
-        out = backbone.eval().to(run.device)(tensors["input"].float().to(run.device)).cpu()
+    backbone.eval().to(run.device)
+    clips = tensors["input"].clone().requires_grad_()
+    with Calls(run.kernels) as calls:
+        features = backbone(clips.to(run.device)).cpu()
+        got = backward(features, clips, tensors, backbone.get_parameter)
     # Two stages of two blocks with a merging between, and nothing that fell back.
-    assert calls.names.count("window_attention") == calls.names.count("residual_norm") == 4
-    assert calls.names.count("patch_merging") == 1
-    theirs = error(torchvisions(case)["output"], tensors["output"])
-    assert error(out, tensors["output"]) <= 2 * theirs + torch.finfo(torch.float32).eps
+    for suffix in ("", "_backward"):
+        for name, count in [("window_attention", 4), ("residual_norm", 4), ("patch_merging", 1)]:
+            assert calls.names.count(name + suffix) == count, name + suffix
+    theirs, rounding = torchvisions(case), torch.finfo(torch.float32).eps
+    for key, value in got.items():
+        budget = 2 * error(theirs[key], tensors[key]) + rounding
+        assert error(value.cpu(), tensors[key]) <= budget, key
 
 
 def test_an_operator_reached_around_the_selection_refuses_bfloat16_interpreted():

@@ -11,7 +11,12 @@ from videoswin_kernels import cyclic_shift, residual_norm
 from videoswin_kernels.ops._vectors import WindowVectors
 
 compiler = pytest.importorskip("videoswin_kernels.triton._compiler")
-from videoswin_kernels.triton import attention, gather_rows, patch_merging  # noqa: E402
+from videoswin_kernels.triton import (  # noqa: E402
+    attention,
+    attention_backward,
+    gather_rows,
+    patch_merging,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
@@ -43,21 +48,17 @@ def test_gather_reads_rows_far_apart_in_every_clip(far):
     assert torch.equal(out, expected)
 
 
-def test_attention_reads_and_writes_tokens_far_apart(far):
-    number, width, tokens = 2**31 // 16 + 5, 16, 4
+@pytest.mark.parametrize("clips", [1, 2])
+def test_attention_and_its_backward_read_and_write_tokens_far_apart(clips, far):
+    number, width, tokens = 2**31 // 16 // clips + 5, 16, 4
     places = [number - 1, 3, -1, number // 2]
     kept = [place for place in places if place >= 0]
-    qkv, out = far(number, 3 * width, torch.float16), far(number, width, torch.float16)
-    log_sum_exp = far(1, number, torch.float32)
-    near = torch.randn(tokens, 3 * width).to(DEVICE, torch.float16)
-    for place, row in zip(places, near, strict=True):
-        if place >= 0:
-            qkv[place] = row
-    table = torch.randn(2 * tokens - 1, 1, device=DEVICE)
+    table, pad = torch.randn(2 * tokens - 1, 1, device=DEVICE), torch.randn(3 * width)
 
-    def attend(source, number, qkv, out, log_sum_exp):
+    def run(memory, number, source):
+        """Results in memory for each token: qkv, grad_out, out, grad_qkv and log_sum_exp."""
         vectors = WindowVectors(
-            source=source,
+            source=integers(*source),
             target=far(number, 1, torch.int32),
             region=integers(0, 0, 1, 1),
             mixed=integers(1),
@@ -69,15 +70,31 @@ def test_attention_reads_and_writes_tokens_far_apart(far):
             has_padding=True,
             has_mask=True,
         )
-        inputs = qkv.view(1, number, 3 * width), table, None, 1, 0.25, vectors
-        attention.launch_window_attention(out, log_sum_exp, *inputs)
+        qkv, up, out, grad_qkv, log_sum_exp = memory
+        inputs = qkv, table, pad.to(qkv)
+        attention.launch_window_attention(out, log_sum_exp, *inputs, 1, 0.25, vectors)
+        sums = torch.empty_like(table), torch.empty(3 * width, device=DEVICE)
+        saved = up, *inputs, out, log_sum_exp
+        attention_backward.launch_window_attention_backward(
+            grad_qkv, *sums, *saved, 1, 0.25, True, True, True, vectors
+        )
+        return sums
 
-    attend(integers(*places), number, qkv, out, log_sum_exp)
-    source = integers(*(kept.index(place) if place >= 0 else -1 for place in places))
-    expected = torch.empty(3, width, dtype=torch.float16, device=DEVICE), torch.empty(3).to(DEVICE)
-    attend(source, 3, near[[0, 1, 3]].contiguous(), *expected)
-    assert torch.equal(out[kept], expected[0])
-    assert torch.equal(log_sum_exp[0, kept], expected[1])
+    def each(make, number):
+        widths = 3 * width, width, width, 3 * width
+        rows = [make(clips * number, n, torch.float16).view(clips, number, n) for n in widths]
+        return *rows, make(clips, number, torch.float32).view(clips, 1, number)
+
+    spread = each(far, number)
+    near = each(lambda *shape: torch.randn(shape[:2]).to(DEVICE, shape[2]), len(kept))
+    for one, other in zip(spread[:2], near[:2], strict=True):
+        one[:, kept] = other
+    sums = run(spread, number, places)
+    near_sums = run(near, len(kept), [0, 1, -1, 2])
+    for one, other in zip(spread[2:4], near[2:4], strict=True):
+        assert torch.equal(one[:, kept], other)
+    assert torch.equal(spread[4][..., kept], near[4])
+    assert all(map(torch.equal, sums, near_sums))
 
 
 def test_merging_reads_and_writes_tokens_far_apart(far):
