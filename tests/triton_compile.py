@@ -94,6 +94,8 @@ class Recorder:
                 ).stdout
                 for option in ("-res-usage", "-sass")
             )
+        # Without paths: what is found in Triton's cache may have been compiled in another folder.
+        ttir = re.sub(r'"[^"]*/([^"/]*)"', r'"\1"', compiled.asm["ttir"].replace("bf16", "f16"))
         registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
         return {
             "kernel": kernel.__name__,
@@ -102,9 +104,7 @@ class Recorder:
             "registers": int(registers),
             "stack": int(stack),
             "shared": compiled.metadata.shared,
-            "ttir": hashlib.sha256(
-                compiled.asm["ttir"].replace("bf16", "f16").encode()
-            ).hexdigest(),
+            "ttir": hashlib.sha256(ttir.encode()).hexdigest(),
             "tensor_cores": [name for name in TENSOR_CORES if re.search(rf"\b{name}\b", code)],
             "constants": {name: repr(value) for name, value in constants.items()},
         }
