@@ -233,7 +233,8 @@ def key_value_gradient_kernel(
             tl.store(grad_qkv + at, grad_k.to(grad_qkv.dtype.element_ty), mask=is_token)
             tl.store(grad_qkv + at + channels, grad_v.to(grad_qkv.dtype.element_ty), mask=is_token)
         if NEEDS_PAD:
-            is_pad = ((token < 0) & (key < tokens))[:, None]
+            # Beyond the window weights are 0, so what is no token and adds anything is a pad.
+            is_pad = (token < 0)[:, None]
             pad_k += tl.sum(tl.where(is_pad, grad_k, 0.0), axis=0)
             pad_v += tl.sum(tl.where(is_pad, grad_v, 0.0), axis=0)
     if NEEDS_PAD:
