@@ -104,28 +104,43 @@ class Recorder:
             "registers": int(registers),
             "stack": int(stack),
             "shared": compiled.metadata.shared,
+            # Half types that are neither the other's nor its own would stay hidden in the sum.
+            "halves": sorted(set(re.findall(r"b?f16", compiled.asm["ttir"]))),
             "ttir": hashlib.sha256(ttir.encode()).hexdigest(),
             "tensor_cores": [name for name in TENSOR_CORES if re.search(rf"\b{name}\b", code)],
             "constants": {name: repr(value) for name, value in constants.items()},
         }
 
 
-# A window of each number of tokens that tiles are cut for: 392, 18 and 8.
-MODEL, PADDED = testing.PRODUCTION["swin_t stage 1"].case, testing.LARGE["8x7x7, padded"]
-SMALL = testing.ATTENTION["padded, unshifted"], testing.Case((3, 3, 3), (2, 2, 2), (1, 1, 1))
+# A window of each number of tokens that tiles are cut for: 392, 18 and 8; each with and without a
+# mask and padding.
+GRIDS = {(8, 7, 7): ((8, 14, 14), (9, 13, 14)), (2, 3, 3): ((4, 6, 6), (5, 4, 7))}
+GRIDS[2, 2, 2] = ((4, 4, 4), (3, 5, 3))
+CASES = [
+    testing.Case(grid, window, tuple(size // 2 for size in window) if is_shifted else (0, 0, 0))
+    for window, grids in GRIDS.items()
+    for grid in grids
+    for is_shifted in (True, False)
+]
+QUICK = [case for case in CASES[:6] if any(case.shift) or case.grid == (8, 14, 14)]
 
 
-def launches(recorder, dtypes, widths, channels, is_quick):
-    """Calls every operator so that each kernel is launched in all the ways that it can be."""
+def launches(recorder, dtypes, is_quick):
+    """Calls every operator so that each kernel is launched in all the ways that it can be.
+
+    Heads are 3, of which no size is a multiple of 16, and 16; all sets of gradients are asked of
+    one head width.
+    """
     for dtype in dtypes:
-        for width in widths:
-            for case in (MODEL, MODEL._replace(shift=(0, 0, 0)), PADDED):
+        for width in (32,) if is_quick else testing.HEAD_WIDTHS:
+            for case in QUICK if is_quick else CASES:
                 recorder.label = f"{dtype} window {case.window} width {width}"
-                attend(case, width, dtype, torch.float32, is_quick)
-        for case in SMALL[is_quick:]:
-            recorder.label = f"{dtype} window {case.window} width {widths[0]}"
-            attend(case, widths[0], dtype, dtype, is_quick)
-        for width in channels:
+                attend(case, width, dtype, torch.float32, is_all=width == 32 and not is_quick)
+        if not is_quick:
+            for case in CASES[:4]:
+                recorder.label = f"{dtype} window {case.window} 16 heads"
+                attend(case, 32, dtype, dtype, heads=16)
+        for width in (96,) if is_quick else (7, 96, 768):
             recorder.label = f"{dtype} channels {width}"
             x = torch.empty(2, 2, 5, 6, width, dtype=dtype)
             merge(x, torch.empty(4 * width))
@@ -138,23 +153,31 @@ def launches(recorder, dtypes, widths, channels, is_quick):
         OPERATORS.window_reverse(windows, [3, 5, 6], [2, 3, 3], [1, 1, 1])
 
 
-def attend(case, width, dtype, table_dtype, is_quick, heads=3):
-    """Attention with and without values for padding, and each set of gradients that it can give."""
-    is_padded = any(size % w for size, w in zip(case.grid, case.window, strict=True))
+def attend_in_tf32(recorder):
+    """float32 attention as it is where torch allows TF32."""
+    for width in testing.HEAD_WIDTHS:
+        for case in CASES[::2]:
+            recorder.label = f"tf32 window {case.window} width {width}"
+            attend(case, width, torch.float32, torch.float32)
+
+
+def attend(case, width, dtype, table_dtype, *, heads=3, is_all=False):
+    """Attention with values for what is padded, and all gradients or each set that it can give."""
     qkv = torch.empty(1, *case.grid, 3 * heads * width, dtype=dtype)
     depth, height, across = case.window
     rows = (2 * depth - 1) * (2 * height - 1) * (2 * across - 1)
     table = torch.empty(rows, heads, dtype=table_dtype)
+    pad = torch.empty(3 * heads * width, dtype=dtype)
     options = (case.window, case.shift, heads, 0.2)
-    pads = [None, torch.empty(3 * heads * width, dtype=dtype)]
-    for pad in pads[is_quick and is_padded :]:
-        out, log_sum_exp = OPERATORS.window_attention(qkv, table, pad, *options)
-        saved = (out, qkv, table, pad, out, log_sum_exp, *options)
-        every = [(True, True, pad is not None)]
-        if not is_quick:
-            every = product((True, False), (True,), {pad is not None, False})
-        for needs in every:
-            OPERATORS.window_attention_backward(*saved, *needs)
+    out, log_sum_exp = OPERATORS.window_attention(qkv, table, pad, *options)
+    saved = (out, log_sum_exp, *options)
+    sets = product((True, False), repeat=3) if is_all else [(True, True, True)]
+    for needs in sets:
+        OPERATORS.window_attention_backward(out, qkv, table, pad, *saved, *needs)
+    if is_all:
+        # Without values, what is padded is zeros.
+        OPERATORS.window_attention(qkv, table, None, *options)
+        OPERATORS.window_attention_backward(out, qkv, table, None, *saved, True, True, False)
 
 
 def merge(x, weight):
@@ -183,11 +206,15 @@ if __name__ == "__main__":
     OPERATORS = NAMESPACES["triton"]
     # Lets CPU tensors pass; what would be launched on them is compiled instead.
     _compiler.check_tensors = lambda kernel, tensors: None
-    everything = (DTYPES, testing.HEAD_WIDTHS, (7, 96, 768))
-    choice = (DTYPES[:2], (32,), (96,)) if arguments.quick else everything
     for number in arguments.architectures:
         recorder = Recorder(number)
         for module in (attention, attention_backward):
             module.architecture = lambda x, number=number: number
         JITFunction.__getitem__ = lambda kernel, grid, record=recorder: partial(record, kernel)
-        launches(recorder, *choice, arguments.quick)
+        launches(recorder, DTYPES[:2] if arguments.quick else DTYPES, arguments.quick)
+        if not arguments.quick:
+            for module in (attention, attention_backward):
+                module.dot_precision = lambda: "tf32"
+            attend_in_tf32(recorder)
+            for module in (attention, attention_backward):
+                module.dot_precision = _compiler.dot_precision

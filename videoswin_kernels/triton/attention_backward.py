@@ -30,13 +30,19 @@ from videoswin_kernels.triton.bias_table import (
 from videoswin_kernels.triton.column_sums import PARTS, column_sums, empty_partial
 
 
+def query_configuration(
+    architecture: int, dtype: torch.dtype, tokens: int, head_width: int
+) -> Configuration:
+    """Of the kernel that owns queries: the forward kernel's, with fewer keys in wide heads."""
+    chosen = configuration(architecture, dtype, tokens, head_width)
+    keys = min(chosen.block_keys, 32) if head_width > 32 else chosen.block_keys
+    return chosen._replace(block_keys=keys)
+
+
 def key_configuration(
     architecture: int, dtype: torch.dtype, tokens: int, head_width: int
 ) -> Configuration:
-    """That of the kernel that owns keys; the one that owns queries has the forward kernel's.
-
-    It keeps most in registers, so it has small tiles, and loads nothing ahead.
-    """
+    """Of the kernel that owns keys: it keeps most in registers, so tiles are small, one stage."""
     if dtype == torch.float32:
         chosen = Configuration(32, 32 if head_width <= 32 else 16, num_warps=4, num_stages=1)
     else:
@@ -47,7 +53,7 @@ def key_configuration(
 def bias_configuration(
     architecture: int, dtype: torch.dtype, tokens: int, head_width: int
 ) -> Configuration:
-    """That of the kernel that owns pairs; it, too, has no registers left to load float32 ahead."""
+    """Of the kernel that owns pairs: the forward kernel's, in float32 with one stage, too."""
     chosen = configuration(architecture, dtype, tokens, head_width)
     return chosen._replace(num_stages=1) if dtype == torch.float32 else chosen
 
@@ -75,7 +81,6 @@ def query_gradient_kernel(
     tiles,
     scale,
     NEEDS_QKV: tl.constexpr,
-    IS_EXACT: tl.constexpr,
     HAS_PADS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -83,11 +88,12 @@ def query_gradient_kernel(
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """grad_q[i] = scale * sum over j of grad_score[i, j] * k[j], and row_sum[i] for the others.
+    """grad_q[i] = scale * sum over j of grad_score[i, j] * k[j]; row_sum[i] and factor[i].
 
-    row_sum[i] = sum over j of weight[i, j] * (grad[i] . v[j]), by which softmax lowers each
-    gradient. It is grad[i] . out[i] but for the rounding of `out`, which the sum of the gradients,
-    zero without it, then takes away.
+    row_sum[i] = sum over j of weight[i, j] * (grad[i] . v[j]), by which softmax lowers the
+    gradients of a row. It is grad[i] . out[i] but for the rounding of `out`, which leaves them a
+    sum that is not zero: that `rest` is taken away at the end. Likewise the log-sum-exp is rounded,
+    and the weights of a row do not quite sum to 1: factor[i] makes them.
     """
     tile, head, clip, window = place_of(tl.program_id(0), tiles, windows_of_all, num_windows)
     channels = num_heads * HEAD_WIDTH
@@ -110,9 +116,8 @@ def query_gradient_kernel(
     bias += (head.to(tl.int64) * tokens + query)[:, None] * bias_stride
 
     rest = tl.zeros((BLOCK_QUERIES,), dtype=tl.float32)
-    if IS_EXACT:
-        total = tl.zeros((BLOCK_QUERIES,), dtype=tl.float32)
-        mean_k = tl.zeros((BLOCK_QUERIES, HEAD_WIDTH), dtype=tl.float32)
+    total = tl.zeros((BLOCK_QUERIES,), dtype=tl.float32)
+    mean_k = tl.zeros((BLOCK_QUERIES, HEAD_WIDTH), dtype=tl.float32)
     grad_q = tl.zeros((BLOCK_QUERIES, HEAD_WIDTH), dtype=tl.float32)
     for start in range(0, tokens, BLOCK_KEYS):
         key = start + tl.arange(0, BLOCK_KEYS)
@@ -124,26 +129,32 @@ def query_gradient_kernel(
         weights = exponential(scores, level[:, None])
         grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         grad_scores = weights * (grad_weights - row_sum[:, None])
+        total += tl.sum(weights, axis=1)
         rest += tl.sum(grad_scores, axis=1)
-        if IS_EXACT:
-            total += tl.sum(weights, axis=1)
-            mean_k += tl.dot(weights, k, input_precision=PRECISION)
+        mean_k += tl.dot(weights.to(k.dtype), k, input_precision=PRECISION)
         grad_q += tl.dot(grad_scores.to(k.dtype), k, input_precision=PRECISION)
 
-    if IS_EXACT:
-        # What is no token has weights of 0 alone, and is not stored.
-        factor = 1 / tl.where(token >= 0, total, 1.0)
-        rest *= factor
-        grad_q = (grad_q - rest[:, None] * mean_k) * factor[:, None]
-        tl.store(factors + row + token, factor, mask=token >= 0)
+    # What is no token has weights of 0 alone, and is not stored.
+    factor = 1 / tl.where(token >= 0, total, 1.0)
+    rest *= factor
+    tl.store(factors + row + token, factor, mask=token >= 0)
     tl.store(row_sums + row + token, row_sum + rest, mask=token >= 0)
     if NEEDS_QKV:
         at = (clip * num_grid + token)[:, None] * (3 * channels) + channel[None, :]
-        tl.store(grad_qkv + at, (grad_q * scale).to(grad_qkv.dtype.element_ty), mask=is_token)
+        grad_q = (grad_q - rest[:, None] * mean_k) * (factor * scale)[:, None]
+        tl.store(grad_qkv + at, grad_q.to(grad_qkv.dtype.element_ty), mask=is_token)
 
 
 @triton.jit(
-    do_not_specialize=["num_grid", "num_windows", "tokens", "windows_of_all", "tiles", "steps"]
+    do_not_specialize=[
+        "num_grid",
+        "num_windows",
+        "tokens",
+        "windows_of_all",
+        "parts",
+        "tiles",
+        "steps",
+    ]
 )
 def key_value_gradient_kernel(
     grad_out,
@@ -170,7 +181,6 @@ def key_value_gradient_kernel(
     scale,
     NEEDS_QKV: tl.constexpr,
     NEEDS_PAD: tl.constexpr,
-    IS_EXACT: tl.constexpr,
     HAS_PADS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -218,9 +228,8 @@ def key_value_gradient_kernel(
                 k, q, pairs, regions, key, query, tokens, is_mixed, scale, HAS_MASK, PRECISION
             )
             weights = exponential(scores, level[None, :])
-            if IS_EXACT:
-                factor = tl.load(factors + row + query_token, mask=query_token >= 0, other=0)
-                weights *= factor[None, :]
+            factor = tl.load(factors + row + query_token, mask=query_token >= 0, other=0)
+            weights *= factor[None, :]
             grad_v += tl.dot(weights.to(v.dtype), grad, input_precision=PRECISION)
             grad_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
             grad_scores = weights * (grad_weights - row_sum[None, :])
@@ -267,22 +276,20 @@ def launch_window_attention_backward(
     channels = out.shape[-1]
     head_width = channels // num_heads
     asked = (architecture(qkv), qkv.dtype, tokens, head_width)
-    by_query, by_key = configuration(*asked), key_configuration(*asked)
+    by_query, by_key = query_configuration(*asked), key_configuration(*asked)
     by_pair = bias_configuration(*asked)
     windows = clips * vectors.num_windows
     widest = max(chosen.block_keys for chosen in (by_query, by_key, by_pair))
     bias = expand_bias(bias_table, vectors, widest)
     row_sums = torch.empty_like(log_sum_exp)
-    is_exact = qkv.dtype == torch.float32
-    factors = torch.empty_like(log_sum_exp) if is_exact else row_sums
+    factors = torch.empty_like(log_sum_exp)
     read = (grad_out, qkv, pad_qkv, bias, log_sum_exp, row_sums, factors)
     read += (vectors.source, vectors.region, vectors.mixed)
     sizes = (num_grid, vectors.num_windows, tokens, bias.shape[-1], num_heads, windows)
     options = {
-        "IS_EXACT": is_exact,
         "HAS_PADS": vectors.has_padding and pad_qkv is not None,
         "HAS_MASK": vectors.has_mask,
-        "PRECISION": dot_precision() if is_exact else "ieee",
+        "PRECISION": dot_precision() if qkv.dtype == torch.float32 else "ieee",
         "HEAD_WIDTH": head_width,
     }
 

@@ -69,7 +69,6 @@ def bias_gradient_kernel(
     num_heads,
     windows_of_all,
     scale,
-    IS_EXACT: tl.constexpr,
     HAS_PADS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -105,8 +104,7 @@ def bias_gradient_kernel(
             q, k, pairs, regions, query, key, tokens, is_mixed, scale, HAS_MASK, PRECISION
         )
         weights = exponential(scores, level[:, None])
-        if IS_EXACT:
-            weights *= tl.load(factors + row + token, mask=token >= 0, other=0)[:, None]
+        weights *= tl.load(factors + row + token, mask=token >= 0, other=0)[:, None]
         grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         total += weights * (grad_weights - row_sum[:, None])
 
