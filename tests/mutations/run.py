@@ -6,12 +6,15 @@ the tests fail without it, or where a patch no longer fits the code.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
@@ -32,9 +35,9 @@ def checkout() -> Iterator[Path]:
             subprocess.run([*git, "remove", "--force", tree], check=True)
 
 
-def run_tests(tree: Path, tests: list[str]) -> int:
+def run_tests(tree: Path, tests: list[str], *options: str) -> int:
     """pytest's exit status; the first failure is enough."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", *options, *tests]
     return subprocess.run(command, cwd=tree, stdout=subprocess.DEVNULL, check=False).returncode
 
 
@@ -62,14 +65,27 @@ def main() -> int:
         lines = patch.read_text(encoding="utf-8").splitlines()
         (tests,) = (line for line in lines if line.startswith("tests: "))
         asked[patch] = tests.removeprefix("tests: ").split()
-    unseen = 0
-    with checkout() as tree:
+    unseen, processes = 0, min(len(patches), max(2, min(4, os.cpu_count() or 1)))
+    trees = SimpleQueue()
+
+    def judge_somewhere(patch: Path) -> str | None:
+        tree = trees.get()
+        try:
+            return judge(tree, patch, asked[patch])
+        finally:
+            trees.put(tree)
+
+    with ExitStack() as stack:
+        for _ in range(processes):
+            trees.put(stack.enter_context(checkout()))
         sound = sorted({test for tests in asked.values() for test in tests})
-        if run_tests(tree, sound) != PASSED:
+        tree = trees.get()
+        if run_tests(tree, sound, f"-n{processes}", "--dist=loadfile") != PASSED:
             print(f"these fail without any mutation: {' '.join(sound)}")
             return 1
-        for patch, tests in asked.items():
-            problem = judge(tree, patch, tests)
+        trees.put(tree)
+        pool = stack.enter_context(ThreadPoolExecutor(processes))
+        for patch, problem in zip(patches, pool.map(judge_somewhere, patches), strict=True):
             print(f"{patch.stem:<44}{problem or 'caught'}", flush=True)
             unseen += problem is not None
     print(f"{len(patches) - unseen} of {len(patches)} caught")
