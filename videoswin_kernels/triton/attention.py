@@ -39,8 +39,12 @@ class Configuration(NamedTuple):
     def within(self, tokens: int) -> Configuration:
         """With tiles no larger than the window needs, at least 16, as the tensor cores ask."""
         most = max(16, power_of_2(tokens))
-        return self._replace(
-            block_queries=min(self.block_queries, most), block_keys=min(self.block_keys, most)
+        return Configuration(
+            min(self.block_queries, most),
+            min(self.block_keys, most),
+            # More than one warp for the least tile spills a few bytes.
+            self.num_warps if most > 16 else 1,
+            self.num_stages,
         )
 
     def options(self) -> dict[str, int]:

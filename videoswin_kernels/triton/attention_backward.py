@@ -53,9 +53,10 @@ def key_configuration(
 def bias_configuration(
     architecture: int, dtype: torch.dtype, tokens: int, head_width: int
 ) -> Configuration:
-    """Of the kernel that owns pairs: the forward kernel's, in float32 with one stage, too."""
+    """Of the kernel that owns pairs: the forward kernel's, but two stages spill before Hopper."""
     chosen = configuration(architecture, dtype, tokens, head_width)
-    return chosen._replace(num_stages=1) if dtype == torch.float32 else chosen
+    has_one = dtype == torch.float32 or architecture < 90
+    return chosen._replace(num_stages=1) if has_one else chosen
 
 
 @triton.jit(do_not_specialize=["num_grid", "num_windows", "tokens", "windows_of_all", "tiles"])
