@@ -27,7 +27,7 @@ verify: $(VENV)/.test oldest mutants
 
 oldest: $(VENV)-oldest/.made
 	$(OLDEST) -m pytest $(SPREAD) -m "not slow" $(patsubst %,tests/test_%.py,$(OPERATORS))
-	$(OLDEST) -m pytest -n auto --maxprocesses 4 tests/test_triton_compiles.py
+	$(OLDEST) -m pytest -n auto --maxprocesses 4 tests/test_triton_compiles.py -k common_model
 
 mutants: $(VENV)/.test
 	$(RUN) tests/mutations/run.py

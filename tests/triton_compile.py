@@ -39,7 +39,7 @@ POINTERS = {
     torch.int64: "*i64",
 }
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HALVES = (torch.float16, torch.bfloat16)
 
 
 class Recorder:
@@ -112,39 +112,46 @@ class Recorder:
         }
 
 
-# A window of each number of tokens that tiles are cut for: 392, 18 and 8; each with and without a
-# mask and padding.
-GRIDS = {(8, 7, 7): ((8, 14, 14), (9, 13, 14)), (2, 3, 3): ((4, 6, 6), (5, 4, 7))}
-GRIDS[2, 2, 2] = ((4, 4, 4), (3, 5, 3))
-CASES = [
-    testing.Case(grid, window, tuple(size // 2 for size in window) if is_shifted else (0, 0, 0))
-    for window, grids in GRIDS.items()
-    for grid in grids
-    for is_shifted in (True, False)
+# Windows of a model, with and without a mask and padding; then windows that tiles are cut for.
+MODEL = [
+    testing.Case(grid, (8, 7, 7), shift)
+    for grid in ((9, 13, 14), (8, 14, 14))
+    for shift in ((4, 3, 3), (0, 0, 0))
 ]
-QUICK = [case for case in CASES[:6] if any(case.shift) or case.grid == (8, 14, 14)]
+SMALL = [
+    testing.Case((5, 4, 7), (2, 3, 3), (1, 1, 1)),
+    testing.Case((4, 6, 6), (2, 3, 3), (0, 0, 0)),
+    testing.Case((3, 5, 3), (2, 2, 2), (1, 1, 1)),
+    testing.Case((4, 4, 4), (2, 2, 2), (0, 0, 0)),
+]
 
 
-def launches(recorder, dtypes, is_quick):
+def launches_of_a_model(recorder):
+    """What half precision launches where heads have 32 channels, in both its types."""
+    for dtype in HALVES:
+        for case in (MODEL[0], *MODEL[2:], SMALL[0]):
+            recorder.label = f"{dtype} window {case.window} width 32"
+            attend(case, 32, dtype, torch.float32)
+        others(recorder, dtype, 96)
+
+
+def launches(recorder):
     """Calls every operator so that each kernel is launched in all the ways that it can be.
 
-    Heads are 3, of which no size is a multiple of 16, and 16; all sets of gradients are asked of
-    one head width.
+    bfloat16 is left to a model's heads: its code is that of float16. Heads are 3, of which 16
+    divides no size, or 16; the sets of gradients that can be asked for are asked of one width.
     """
-    for dtype in dtypes:
-        for width in (32,) if is_quick else testing.HEAD_WIDTHS:
-            for case in QUICK if is_quick else CASES:
+    launches_of_a_model(recorder)
+    for dtype in (torch.float16, torch.float32):
+        for width in testing.HEAD_WIDTHS:
+            for case in (*MODEL, *SMALL):
                 recorder.label = f"{dtype} window {case.window} width {width}"
-                attend(case, width, dtype, torch.float32, is_all=width == 32 and not is_quick)
-        if not is_quick:
-            for case in CASES[:4]:
-                recorder.label = f"{dtype} window {case.window} 16 heads"
-                attend(case, 32, dtype, dtype, heads=16)
-        for width in (96,) if is_quick else (7, 96, 768):
-            recorder.label = f"{dtype} channels {width}"
-            x = torch.empty(2, 2, 5, 6, width, dtype=dtype)
-            merge(x, torch.empty(4 * width))
-            add_and_normalise(x, torch.empty(width))
+                is_all = width == 32 and case in (MODEL[0], MODEL[3])
+                attend(case, width, dtype, torch.float32, is_all=is_all)
+        recorder.label = f"{dtype} window (8, 7, 7) 16 heads"
+        attend(MODEL[0], 32, dtype, dtype, heads=16)
+        for width in (7, 768):
+            others(recorder, dtype, width)
     for dtype in (torch.int8, torch.float16, torch.float32, torch.float64):
         recorder.label = f"movement of {dtype}"
         x = torch.empty(2, 3, 5, 6, 96).to(dtype)
@@ -153,12 +160,20 @@ def launches(recorder, dtypes, is_quick):
         OPERATORS.window_reverse(windows, [3, 5, 6], [2, 3, 3], [1, 1, 1])
 
 
-def attend_in_tf32(recorder):
+def launches_in_tf32(recorder):
     """float32 attention as it is where torch allows TF32."""
     for width in testing.HEAD_WIDTHS:
-        for case in CASES[::2]:
+        for case in (MODEL[0], SMALL[0]):
             recorder.label = f"tf32 window {case.window} width {width}"
             attend(case, width, torch.float32, torch.float32)
+
+
+def others(recorder, dtype, width):
+    """The operators that are not attention."""
+    recorder.label = f"{dtype} channels {width}"
+    x = torch.empty(2, 2, 5, 6, width, dtype=dtype)
+    merge(x, torch.empty(4 * width))
+    add_and_normalise(x, torch.empty(width))
 
 
 def attend(case, width, dtype, table_dtype, *, heads=3, is_all=False):
@@ -211,10 +226,12 @@ if __name__ == "__main__":
         for module in (attention, attention_backward):
             module.architecture = lambda x, number=number: number
         JITFunction.__getitem__ = lambda kernel, grid, record=recorder: partial(record, kernel)
-        launches(recorder, DTYPES[:2] if arguments.quick else DTYPES, arguments.quick)
-        if not arguments.quick:
-            for module in (attention, attention_backward):
-                module.dot_precision = lambda: "tf32"
-            attend_in_tf32(recorder)
-            for module in (attention, attention_backward):
-                module.dot_precision = _compiler.dot_precision
+        if arguments.quick:
+            launches_of_a_model(recorder)
+            continue
+        launches(recorder)
+        for module in (attention, attention_backward):
+            module.dot_precision = lambda: "tf32"
+        launches_in_tf32(recorder)
+        for module in (attention, attention_backward):
+            module.dot_precision = _compiler.dot_precision
