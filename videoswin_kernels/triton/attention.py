@@ -36,14 +36,14 @@ class Configuration(NamedTuple):
     num_warps: int
     num_stages: int
 
-    def within(self, tokens: int) -> Configuration:
+    def within(self, tokens: int, dtype: torch.dtype) -> Configuration:
         """With tiles no larger than the window needs, at least 16, as the tensor cores ask."""
         most = max(16, power_of_2(tokens))
         return Configuration(
             min(self.block_queries, most),
             min(self.block_keys, most),
-            # More than one warp for the least tile spills a few bytes.
-            self.num_warps if most > 16 else 1,
+            # In half precision more than one warp for the least tile spills a few bytes.
+            self.num_warps if most > 16 or dtype == torch.float32 else 1,
             self.num_stages,
         )
 
@@ -66,7 +66,7 @@ def configuration(
     else:
         # 64 keys spill before Hopper, by the count of Triton 3.9's compiler (2026-11-22).
         queries, keys = 64, 64 if architecture >= 90 else 32
-    return Configuration(queries, keys, num_warps=4, num_stages=2).within(tokens)
+    return Configuration(queries, keys, num_warps=4, num_stages=2).within(tokens, dtype)
 
 
 @triton.jit(do_not_specialize=["num_grid", "num_windows", "tokens", "windows_of_all", "tiles"])

@@ -47,7 +47,7 @@ def key_configuration(
         chosen = Configuration(32, 32 if head_width <= 32 else 16, num_warps=4, num_stages=1)
     else:
         chosen = Configuration(32, 64 if architecture >= 90 else 32, num_warps=4, num_stages=1)
-    return chosen.within(tokens)
+    return chosen.within(tokens, dtype)
 
 
 def bias_configuration(
