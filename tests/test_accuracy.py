@@ -23,6 +23,14 @@ def rows(page):
     return found
 
 
+def assert_near(errors, dtype):
+    """No kernel set is off by more than twice what eager is, and a part of a rounding."""
+    eager, *ours = errors
+    assert 0 <= eager < 16 * ROUNDING[dtype]
+    for error in ours:
+        assert error is None or 0 <= error <= 2 * eager + ROUNDING[dtype] / 8
+
+
 def test_the_page_names_every_operator_dtype_and_gradient():
     found = rows(PAGE.read_text(encoding="utf-8"))
     parts = {
@@ -37,9 +45,7 @@ def test_the_page_names_every_operator_dtype_and_gradient():
         for dtype in ROUNDING
     }
     for (_, dtype, _), errors in found.items():
-        assert errors[0] is not None
-        for error in errors:
-            assert error is None or 0 <= error < 16 * ROUNDING[dtype]
+        assert_near(errors, dtype)
 
 
 @suite.every("window_attention", compiled=True)
@@ -53,8 +59,7 @@ def test_the_script_finds_every_row_of_the_page(run, tmp_path):
     for (operator, dtype, _), errors in found.items():
         is_taken = dtype in {str(d).removeprefix("torch.") for d in run.dtypes(operator)}
         assert (errors[1] is not None) == is_taken
-        if is_taken:
-            assert errors[1] <= 2 * errors[0] + ROUNDING[dtype] / 8
+        assert_near(errors, dtype)
 
 
 def test_rows_are_read_with_their_gaps():
