@@ -8,26 +8,35 @@ SPREAD := -n auto --maxprocesses 4 --dist loadfile
 OUTPUT := runs/demo
 VIDEOS := runs/demo-videos
 # Whose tests are run with the oldest torch and Triton, too.
-OPERATORS := attention attention_backward attention_extremes attention_windows cyclic_shift \
-	patch_merging residual_norm window_partition
+OPERATORS := attention attention_backward attention_extremes attention_windows cuda_rows \
+	cyclic_shift patch_merging residual_norm window_partition
+# Of threads and blocks, in which the emulated CUDA C++ kernels are asked once more.
+ORDERS := backward newest random:1
 
-.PHONY: demo test verify oldest mutants lint clean
+.PHONY: demo test verify oldest orders mutants lint clean libraries
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.demo libraries
 	$(RUN) -m train.synthetic $(VIDEOS)
 	$(RUN) -m train --recipe demo --output $(OUTPUT) --resume
 	$(RUN) -m train.evaluate --checkpoint $(OUTPUT)/last.pt --frame-orders
 	$(RUN) -m train.predict $(VIDEOS)/test/clockwise/00000.mp4 --checkpoint $(OUTPUT)/last.pt
 
-test: $(VENV)/.test
+test: $(VENV)/.test libraries
 	$(RUN) -m pytest $(SPREAD) -m "not slow"
 
-verify: $(VENV)/.test oldest mutants
+verify: $(VENV)/.test libraries oldest orders mutants
 	$(RUN) -m pytest $(SPREAD)
 
-oldest: $(VENV)-oldest/.made
+# The libraries are those of the newest torch: one file is for every torch.
+oldest: $(VENV)-oldest/.made libraries
 	$(OLDEST) -m pytest $(SPREAD) -m "not slow" $(patsubst %,tests/test_%.py,$(OPERATORS))
 	$(OLDEST) -m pytest -n auto --maxprocesses 4 tests/test_triton_compiles.py -k common_model
+
+orders: $(VENV)/.test libraries
+	for order in $(ORDERS); do \
+		$(RUN) -m pytest $(SPREAD) -m "not slow" -k cuda-cpu --emulated-order=$$order \
+			$(patsubst %,tests/test_%.py,$(OPERATORS)) || exit; \
+	done
 
 mutants: $(VENV)/.test
 	$(RUN) tests/mutations/run.py
@@ -36,8 +45,14 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 
+# Where a tool is missing (status 3) its tests are skipped; what cannot be compiled is an error.
+libraries: $(VENV)/.demo
+	@$(RUN) setup.py build_ext || \
+		{ [ $$? -eq 3 ] && echo "The C++ libraries are not built; their tests are skipped."; }
+
 clean:
 	rm -rf $(VENV) $(VENV)-oldest $(OUTPUT) $(VIDEOS) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -f videoswin_kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.made:

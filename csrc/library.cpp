@@ -1,0 +1,185 @@
+// All that faces torch, on libtorch's stable ABI: one file for every torch from 2.10 on.
+//
+// Compiled twice: into _ops.so, whose kernels are CUDA's, and with VIDEOSWIN_EMULATED into
+// _emulated.so, where the same sources run on CPU tensors. Shapes, types and places have been
+// checked by videoswin_kernels/ops; here is only what would make a kernel read astray.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+
+#include "cuda/operators.h"
+
+#if defined(VIDEOSWIN_EMULATED) || defined(VIDEOSWIN_CUDA)
+
+#ifndef VIDEOSWIN_EMULATED
+// The one symbol of libtorch_cuda: left undefined where torch has no CUDA, and then never called.
+#pragma weak aoti_torch_get_current_cuda_stream
+#endif
+
+namespace {
+
+using namespace videoswin;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Makes the device of a tensor current; `stream` is the one that its kernels are queued in.
+struct Place {
+  void* stream = nullptr;
+#ifdef VIDEOSWIN_EMULATED
+  explicit Place(const Tensor&) {}
+#else
+  torch::stable::accelerator::DeviceGuard guard;
+
+  explicit Place(const Tensor& x) : guard(x.get_device_index()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  }
+#endif
+};
+
+Type type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Type::float32;
+    case ScalarType::Half:
+      return Type::float16;
+    case ScalarType::BFloat16:
+      return Type::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, "kernels take float32, float16 and bfloat16 alone");
+  }
+}
+
+Input input(const Tensor& x) { return {x.const_data_ptr(), type_of(x)}; }
+
+Input input(const std::optional<Tensor>& x) {
+  return x.has_value() ? input(*x) : Input{nullptr, Type::float32};
+}
+
+// An output of no elements is one that nobody asked for.
+Output output(const Tensor& x) {
+  return {x.numel() == 0 ? nullptr : x.mutable_data_ptr(), type_of(x)};
+}
+
+const float* floats(const Tensor& x) { return x.const_data_ptr<float>(); }
+float* mutable_floats(const Tensor& x) {
+  return x.numel() == 0 ? nullptr : x.mutable_data_ptr<float>();
+}
+const int32_t* integers(const Tensor& x) { return x.const_data_ptr<int32_t>(); }
+
+void check_width(const char* name, int64_t width, int64_t piece) {
+  STD_TORCH_CHECK(width <= (piece % 8 == 0 ? WIDEST : WIDEST_ODD), name, ": a row of ", width,
+                  " channels is wider than a kernel holds");
+}
+
+void check_launch(const char* name, int number) {
+  STD_TORCH_CHECK(number == 0, name, ": ", launch_error(number));
+}
+
+void run_gather_rows(Tensor out, Tensor x, Tensor index, int64_t num_x) {
+  const int64_t channels = out.size(out.dim() - 1);
+  const int64_t clips = out.numel() / (index.numel() * channels);
+  const int64_t row_bytes = channels * static_cast<int64_t>(out.element_size());
+  const Place place(x);
+  const int number = gather_rows(out.mutable_data_ptr(), x.const_data_ptr(), integers(index), clips,
+                                 num_x, index.numel(), row_bytes, place.stream);
+  check_launch("gather_rows", number);
+}
+
+void run_residual_norm(Tensor total, Tensor norm, Tensor mean, Tensor rstd, Tensor x, Tensor branch,
+                       Tensor weight, Tensor bias, std::optional<Tensor> branch_scale, double eps) {
+  const int64_t channels = x.size(4);
+  const int64_t rows = x.numel() / channels;
+  check_width("residual_norm", channels, channels);
+  const Place place(x);
+  const int number =
+      residual_norm(output(total), output(norm), mutable_floats(mean), mutable_floats(rstd),
+                    input(x), input(branch), input(weight), input(bias), input(branch_scale),
+                    static_cast<float>(eps), rows, rows / x.size(0), channels, place.stream);
+  check_launch("residual_norm", number);
+}
+
+void run_residual_norm_backward(Tensor grad_x, Tensor grad_branch, Tensor grad_weight,
+                                Tensor grad_bias, Tensor partial, std::optional<Tensor> grad_total,
+                                std::optional<Tensor> grad_norm, Tensor total, Tensor weight,
+                                Tensor mean, Tensor rstd, std::optional<Tensor> branch_scale) {
+  const int64_t channels = total.size(4);
+  const int64_t rows = total.numel() / channels;
+  check_width("residual_norm_backward", channels, channels);
+  const Place place(total);
+  const int number = residual_norm_backward(
+      output(grad_x), output(grad_branch), mutable_floats(grad_weight), mutable_floats(grad_bias),
+      mutable_floats(partial), partial.size(0), input(grad_total), input(grad_norm), input(total),
+      input(weight), floats(mean), floats(rstd), input(branch_scale), rows, rows / total.size(0),
+      channels, place.stream);
+  check_launch("residual_norm_backward", number);
+}
+
+void run_patch_merging(Tensor out, Tensor mean, Tensor rstd, Tensor x, Tensor index, Tensor weight,
+                       Tensor bias, double eps) {
+  const int64_t clips = x.size(0), channels = x.size(4);
+  check_width("patch_merging", 4 * channels, channels);
+  const Place place(x);
+  const int number =
+      patch_merging(output(out), mutable_floats(mean), mutable_floats(rstd), input(x),
+                    integers(index), input(weight), input(bias), static_cast<float>(eps), clips,
+                    x.numel() / (clips * channels), index.numel() / 4, channels, place.stream);
+  check_launch("patch_merging", number);
+}
+
+void run_patch_merging_backward(Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor partial,
+                                Tensor grad, Tensor x, Tensor index, Tensor weight, Tensor mean,
+                                Tensor rstd) {
+  const int64_t clips = x.size(0), channels = x.size(4);
+  check_width("patch_merging_backward", 4 * channels, channels);
+  const Place place(x);
+  const int number = patch_merging_backward(
+      output(grad_x), mutable_floats(grad_weight), mutable_floats(grad_bias),
+      mutable_floats(partial), partial.size(0), input(grad), input(x), integers(index),
+      input(weight), floats(mean), floats(rstd), clips, x.numel() / (clips * channels),
+      index.numel() / 4, channels, place.stream);
+  check_launch("patch_merging_backward", number);
+}
+
+}  // namespace
+
+#ifdef VIDEOSWIN_EMULATED
+#define NAMESPACE videoswin_emulated
+#define DEVICE CPU
+#else
+#define NAMESPACE videoswin_ops
+#define DEVICE CUDA
+#endif
+
+// Launchers in place: all memory comes from Python, and an output of size 0 is not asked for.
+STABLE_TORCH_LIBRARY(NAMESPACE, m) {
+  m.def("gather_rows(Tensor(a!) out, Tensor x, Tensor index, int num_x) -> ()");
+  m.def(
+      "residual_norm(Tensor(a!) total, Tensor(b!) norm, Tensor(c!) mean, Tensor(d!) rstd, "
+      "Tensor x, Tensor branch, Tensor weight, Tensor bias, Tensor? branch_scale, float eps) "
+      "-> ()");
+  m.def(
+      "residual_norm_backward(Tensor(a!) grad_x, Tensor(b!) grad_branch, Tensor(c!) grad_weight, "
+      "Tensor(d!) grad_bias, Tensor(e!) partial, Tensor? grad_total, Tensor? grad_norm, "
+      "Tensor total, Tensor weight, Tensor mean, Tensor rstd, Tensor? branch_scale) -> ()");
+  m.def(
+      "patch_merging(Tensor(a!) out, Tensor(b!) mean, Tensor(c!) rstd, Tensor x, Tensor index, "
+      "Tensor weight, Tensor bias, float eps) -> ()");
+  m.def(
+      "patch_merging_backward(Tensor(a!) grad_x, Tensor(b!) grad_weight, Tensor(c!) grad_bias, "
+      "Tensor(d!) partial, Tensor grad, Tensor x, Tensor index, Tensor weight, Tensor mean, "
+      "Tensor rstd) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, DEVICE, m) {
+  m.impl("gather_rows", TORCH_BOX(&run_gather_rows));
+  m.impl("residual_norm", TORCH_BOX(&run_residual_norm));
+  m.impl("residual_norm_backward", TORCH_BOX(&run_residual_norm_backward));
+  m.impl("patch_merging", TORCH_BOX(&run_patch_merging));
+  m.impl("patch_merging_backward", TORCH_BOX(&run_patch_merging_backward));
+}
+
+#endif
