@@ -19,12 +19,25 @@ if not torch.cuda.is_available():
 from http_suite import running_server
 
 from model.weights import download
+from videoswin_kernels import extension
 
 # A process beside others has a core to itself.
 BESIDE_OTHERS = "PYTEST_XDIST_WORKER" in os.environ
 torch.set_num_threads(min(1 if BESIDE_OTHERS else 2, torch.get_num_threads()))
 
 seconds = Counter()
+
+
+def pytest_addoption(parser):
+    help = "of threads and blocks in emulated CUDA kernels: backward, newest, random:SEED"
+    parser.addoption("--emulated-order", default="forward", help=help)
+
+
+def pytest_configure(config):
+    order, _, seed = config.getoption("--emulated-order").partition(":")
+    if order != "forward":
+        control = extension.control()
+        control.set_settings(**{**control.settings(), "order": order, "seed": int(seed or 0)})
 
 
 def pytest_runtest_logreport(report):

@@ -158,6 +158,12 @@ def every(operator, dtypes=None, *, compiled=False, device=None):
     return pytest.mark.parametrize(("run", "dtype"), pairs, ids=names)
 
 
+def skip_absent(operator, run):
+    """Skips a test that asks several operators where a kernel set has not this one."""
+    if run not in runs(operator):
+        pytest.skip(f"{run.kernels} has no {operator}")
+
+
 def random(*shape, dtype=torch.float64, std=1.0, grad=False):
     """Normal values that are exact in the dtype."""
     return (torch.randn(*shape, dtype=torch.float64) * std).to(dtype).requires_grad_(grad)

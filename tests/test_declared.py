@@ -138,16 +138,18 @@ def test_the_profiler_shows_the_operators_by_name(run):
     norm = tensors(run, "residual_norm", grad=("x",))
     merging = tensors(run, "patch_merging", grad=("x",))
     attention = tensors(run, "window_attention", grad=("qkv",))
+    has_attention = run in suite.runs("window_attention")
     with torch.profiler.profile() as profile:
         x = cyclic_shift(norm["x"], (1, 1, 1), kernels=run.kernels)
         windows = window_partition(x, **WINDOW, kernels=run.kernels)
         window_reverse(windows, grid=(2, 3, 4), **WINDOW, kernels=run.kernels)
-        call(run, "window_attention", attention).sum().backward()
+        if has_attention:
+            call(run, "window_attention", attention).sum().backward()
         call(run, "residual_norm", norm)[1].sum().backward()
         call(run, "patch_merging", merging).sum().backward()
     shown = {event.key for event in profile.key_averages()}
-    arithmetic = ("window_attention", "residual_norm", "patch_merging")
-    names = {*suite.OPERATORS, *(f"{name}_backward" for name in arithmetic)}
+    arithmetic = ("residual_norm", "patch_merging", *["window_attention"] * has_attention)
+    names = {*suite.MOVEMENT, *arithmetic, *(f"{name}_backward" for name in arithmetic)}
     missing = {f"videoswin_{run.kernels}::{name}" for name in names} - shown
     assert not missing, sorted(key for key in shown if "videoswin" in key)
 
@@ -171,6 +173,7 @@ NEEDS = [
 @EVERY
 @pytest.mark.parametrize(("operator", "grad", "needs"), NEEDS)
 def test_gradients_that_nobody_asks_for_are_not_computed(operator, grad, needs, run):
+    suite.skip_absent(operator, run)
     named = tensors(run, operator, grad=grad)
     if operator == "residual_norm":
         # Without a scale the gradients of x and branch may be one.
@@ -190,6 +193,7 @@ def test_gradients_that_nobody_asks_for_are_not_computed(operator, grad, needs, 
 @EVERY
 @pytest.mark.parametrize("operator", ["window_attention", "patch_merging", "residual_norm"])
 def test_no_backward_runs_when_nothing_needs_a_gradient(operator, run):
+    suite.skip_absent(operator, run)
     named = tensors(run, operator)
     with Calls(run.kernels) as calls:
         results = as_tuple(call(run, operator, named))
@@ -217,6 +221,7 @@ def test_a_result_that_is_not_used_brings_no_gradient_of_zeros(which, run):
 @pytest.mark.parametrize("operator", ["patch_merging", "residual_norm", "window_attention"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_gives_the_same_gradients(reentrant, operator, run):
+    suite.skip_absent(operator, run)
     named = tensors(run, operator)
     names = list(named)
     grads = []
@@ -274,6 +279,7 @@ def test_autocast_leaves_what_is_moved_alone(run, dtype):
 @EVERY
 @pytest.mark.parametrize("operator", ["patch_merging", "residual_norm", "window_attention"])
 def test_a_double_backward_is_refused_in_one_sentence(operator, run):
+    suite.skip_absent(operator, run)
     named = tensors(run, operator)
     named = {name: value.requires_grad_() for name, value in named.items()}
     total = sum(value.square().sum() for value in as_tuple(call(run, operator, named)))
@@ -290,6 +296,7 @@ def test_a_double_backward_is_refused_in_one_sentence(operator, run):
 @EVERY
 @pytest.mark.parametrize("operator", ["patch_merging", "residual_norm", "window_attention"])
 def test_gradients_are_the_same_bits_on_every_run(operator, run):
+    suite.skip_absent(operator, run)
     torch.use_deterministic_algorithms(False)
     named = tensors(run, operator)
     if operator != "window_attention":

@@ -32,10 +32,19 @@ def test_triton_is_asked_wherever_it_can_run(operator):
     assert suite.Run("triton", device) in suite.runs(operator)
 
 
+def test_the_emulated_cuda_kernels_are_asked_wherever_they_are_built():
+    if not (Path(__file__).parents[1] / "videoswin_kernels/_emulated.so").exists():
+        pytest.skip("the C++ library is not built")
+    for operator in suite.OPERATORS:
+        if operator != "window_attention":
+            assert suite.Run("cuda", "cpu") in suite.runs(operator)
+
+
 @suite.every("residual_norm", compiled=True)
 @pytest.mark.parametrize("dtype", suite.DTYPES)
 @pytest.mark.parametrize("operator", ARITHMETIC)
 def test_a_dtype_is_taken_or_refused_in_one_sentence(operator, dtype, run):
+    suite.skip_absent(operator, run)
     if dtype in run.dtypes(operator):
         suite.smallest_call(operator, run.kernels, run.device, dtype)
         return
@@ -48,6 +57,7 @@ def test_a_dtype_is_taken_or_refused_in_one_sentence(operator, dtype, run):
 @suite.every("residual_norm", compiled=True)
 @pytest.mark.parametrize("operator", ARITHMETIC)
 def test_a_refusal_under_compile_is_the_same_sentence(operator, run):
+    suite.skip_absent(operator, run)
     if torch.float64 in run.dtypes(operator):
         pytest.skip(f"{run.kernels} takes float64")
 

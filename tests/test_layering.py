@@ -69,9 +69,10 @@ def test_the_rest_of_the_package_adds_numpy_for_the_geometry_and_triton_for_its_
 def test_a_kernel_set_is_imported_by_nothing_outside_it():
     """It is loaded by name when it is chosen, so that a machine without it loses nothing else."""
     for path in [*files("videoswin_kernels"), *files("model"), *files("train")]:
-        if path.parent.name != "triton":
-            wrong = {n for n in imported(path) if n.startswith("videoswin_kernels.triton")}
-            assert not wrong, path
+        for kernels in ("triton", "cuda"):
+            if path.parent.name != kernels:
+                wrong = {n for n in imported(path) if n.startswith(f"videoswin_kernels.{kernels}")}
+                assert not wrong, path
 
 
 def test_the_reference_does_not_share_the_vectors_of_the_kernels():
@@ -94,7 +95,7 @@ def test_the_reference_imports_no_operator():
 
 def test_importing_the_kernels_loads_nothing_of_training():
     heavy = ["matplotlib", "decord", "av", "PIL", "tqdm", "tyro", "model", "train"]
-    heavy.append("videoswin_kernels.triton")
+    heavy += ["videoswin_kernels.triton", "videoswin_kernels.cuda"]
     program = (
         "import sys, torch; before = set(sys.modules); import videoswin_kernels; "
         f"print(*(set({heavy!r}) & (set(sys.modules) - before)))"

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 import torch
 
-from videoswin_kernels import selection
+from videoswin_kernels import extension, selection
 from videoswin_kernels.selection import Call, UnavailableError, choose
 
 compiler = pytest.importorskip("videoswin_kernels.triton._compiler")
@@ -15,11 +15,12 @@ ARITHMETIC = ("window_attention", "patch_merging", "residual_norm")
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU of compute capability 9.0, on which Triton compiles."""
+    """A GPU of compute capability 9.0, on which Triton compiles; the C++ library is not built."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
     monkeypatch.setattr(compiler, "IS_INTERPRETED", False)
     monkeypatch.setattr(compiler, "why_not_started", lambda: None)
+    monkeypatch.setattr(extension, "why_not", lambda library: f"{library} is not built")
     return monkeypatch
 
 
@@ -118,6 +119,43 @@ def test_a_machine_that_cannot_run_triton_says_why(operator, owner, name, value,
     for kernels in ("fused", "triton"):
         with pytest.raises(UnavailableError, match=rf"^{operator}: .*{said}"):
             choose(call, kernels)
+
+
+@OPERATOR
+@pytest.mark.parametrize("dtype", selection.DTYPES)
+def test_cuda_comes_second_and_needs_its_library(operator, dtype, gpu):
+    call = Call(operator, "cuda", 0, (dtype,))
+    assert "_ops is not built" in refusal(call, "cuda") or operator == "window_attention"
+    gpu.setattr(extension, "why_not", lambda library: None if library == "_ops" else "not here")
+    assert choose(call, "auto").kernels == "triton"
+    gpu.setattr(selection, "version", absent)
+    for kernels in ("auto", "fused", "cuda"):
+        if operator == "window_attention":
+            if kernels != "auto":
+                assert "no CUDA C++ kernels of attention" in refusal(call, kernels)
+            continue
+        choice = choose(call, kernels)
+        assert choice.kernels == "cuda"
+        assert choice.row is None
+        assert kernels == "cuda" or "pip install triton" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "said"),
+    [
+        (torch.cuda, "is_available", lambda: False, "no CUDA GPU"),
+        (torch.cuda, "get_device_capability", lambda index=None: (7, 5), r"8\.0, this has 7\.5"),
+        (torch.version, "hip", "6.4", "ROCm"),
+        (extension, "why_not", lambda library: "it was built without CUDA", "without CUDA"),
+    ],
+)
+def test_a_machine_that_cannot_run_cuda_says_why(owner, name, value, said, gpu):
+    gpu.setattr(extension, "why_not", lambda library: None)
+    call = Call("residual_norm", "cuda", 0)
+    assert choose(call, "cuda").kernels == "cuda"
+    gpu.setattr(owner, name, value)
+    with pytest.raises(UnavailableError, match=rf"^residual_norm: kernels='cuda' .*{said}"):
+        choose(call, "cuda")
 
 
 def test_a_driver_that_does_not_start_is_a_reason_and_no_crash():

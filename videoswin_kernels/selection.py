@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from videoswin_kernels import extension
+
 MOVEMENT = ("cyclic_shift", "window_partition", "window_reverse")
 OPERATORS = (*MOVEMENT, "window_attention", "patch_merging", "residual_norm")
 WORDS = ("auto", "fused", "reference", "triton", "cuda", "cpu")
@@ -44,19 +46,18 @@ class Choice(NamedTuple):
     row: str | None
 
 
-# Why a kernel set runs nowhere, in words that end a sentence.
-ABSENT = {
-    "cuda": "this version has no CUDA C++ kernels",
-    "cpu": "this version has no C++ kernels for the CPU",
-}
+# What runs nowhere, in words that end a sentence.
+NO_CPU = "this version has no C++ kernels for the CPU"
+NO_CUDA_ATTENTION = "this version has no CUDA C++ kernels of attention"
 
 # Order of preference for each device type and operator; `reference` is always the last.
-_CUDA = (Entry("triton"), Entry("reference"))
+_CUDA = (Entry("triton"), Entry("cuda"), Entry("reference"))
 TABLE = {
     "cuda": dict.fromkeys(OPERATORS, _CUDA),
     "cpu": dict.fromkeys(OPERATORS, (Entry("reference"),)),
 }
-# What Triton's arithmetic takes; movement takes any dtype.
+COMPILED = ("cuda", "cpu", "triton")
+# What the arithmetic of compiled kernels takes; movement takes any dtype.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_WIDTHS = (16, 32, 64)
 TRITON_VERSION = (3, 6)
@@ -64,6 +65,10 @@ CAPABILITY = (8, 0)
 NOT_INTERPRETED = (
     "Triton's kernels run on CUDA tensors (on those of a CPU only interpreted, for tests, "
     "which takes TRITON_INTERPRET=1 in the environment from the start)"
+)
+NOT_EMULATED = (
+    "the CUDA C++ kernels run on CUDA tensors (on those of a CPU only emulated, for tests, "
+    "and here {})"
 )
 WRONG_IF_INTERPRETED = "Triton's interpreter computes bfloat16 wrongly, without saying so"
 CURE = "use kernels='reference' or kernels='auto'"
@@ -109,13 +114,17 @@ def reason_against(kernels: str, call: Call) -> str | None:
     """Why a kernel set cannot run a call here, in words that end a sentence; None if it can."""
     if kernels == "reference":
         return None
-    if kernels != "triton":
-        return ABSENT[kernels]
-    return _against_arithmetic(call) or _against_triton(call)
+    if kernels == "cpu":
+        return NO_CPU
+    if kernels == "cuda" and call.operator == "window_attention":
+        return NO_CUDA_ATTENTION
+    return _against_arithmetic(call) or {"triton": _against_triton, "cuda": _against_cuda}[kernels](
+        call
+    )
 
 
 def _against_arithmetic(call: Call) -> str | None:
-    """What Triton's kernels do not compute anywhere."""
+    """What the kernels of Triton and CUDA do not compute anywhere."""
     if call.operator in MOVEMENT:
         return None
     for dtype in call.dtypes:
@@ -132,15 +141,37 @@ def _against_arithmetic(call: Call) -> str | None:
     return None
 
 
-def _against_triton(call: Call) -> str | None:
+def _against_device(kernels: str, call: Call) -> str | None:
+    """What keeps kernels for a GPU from a device, before they are looked for."""
     if call.device_type not in ("cuda", "cpu", "meta"):
-        return f"Triton's kernels run on CUDA tensors, got {call.device_type}"
-    if call.device_type == "meta":
+        return f"{kernels} kernels run on CUDA tensors, got {call.device_type}"
+    if call.device_type != "cuda":
         return None
-    if call.device_type == "cuda" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return "torch finds no CUDA GPU here"
-    if call.device_type == "cuda" and torch.version.hip:
-        return "Triton's kernels are for NVIDIA GPUs, and this torch is built for ROCm"
+    if torch.version.hip:
+        return f"{kernels} kernels are for NVIDIA GPUs, and this torch is built for ROCm"
+    capability = torch.cuda.get_device_capability(call.device_index)
+    if capability < CAPABILITY:
+        needed, found = (".".join(map(str, v)) for v in (CAPABILITY, capability))
+        return f"{kernels} kernels need a GPU of compute capability {needed}, this has {found}"
+    return None
+
+
+def _against_cuda(call: Call) -> str | None:
+    reason = _against_device("CUDA C++", call)
+    if reason is not None or call.device_type == "meta":
+        return reason
+    if call.device_type == "cuda":
+        return extension.why_not("_ops")
+    reason = extension.why_not("_emulated")
+    return reason and NOT_EMULATED.format(reason)
+
+
+def _against_triton(call: Call) -> str | None:
+    reason = _against_device("Triton", call)
+    if reason is not None or call.device_type == "meta":
+        return reason
     try:
         found = version("triton")
     except PackageNotFoundError:
@@ -155,10 +186,6 @@ def _against_triton(call: Call) -> str | None:
     if call.device_type == "cuda":
         if compiler.IS_INTERPRETED:
             return "TRITON_INTERPRET is set, and then Triton runs on CPU tensors alone"
-        capability = torch.cuda.get_device_capability(call.device_index)
-        if capability < CAPABILITY:
-            needed, found = (".".join(map(str, v)) for v in (CAPABILITY, capability))
-            return f"Triton's kernels need a GPU of compute capability {needed}, this has {found}"
         return compiler.why_not_started()
     if not compiler.IS_INTERPRETED:
         return NOT_INTERPRETED
@@ -192,7 +219,7 @@ def _first_of_table(call: Call, kernels: str) -> Choice:
         if kernels == "auto" or entry.kernels != "reference"
     }
     reasons = []
-    for name in dict.fromkeys([*entries, *ABSENT, "triton"]):
+    for name in dict.fromkeys([*entries, *COMPILED]):
         reason = reason_against(name, call)
         if name not in entries:
             reason = reason or f"not for {device_type} tensors, except by name"

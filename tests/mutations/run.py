@@ -1,8 +1,9 @@
 """Plants each mistake of this folder in a copy of the last commit; the tests it names must fail.
 
 `python tests/mutations/run.py [NAME...]`. A patch begins with a sentence that says what is wrong in
-it, and a line `tests: ` with what pytest is to run. Exits with 1 where a mistake went unseen, where
-the tests fail without it, or where a patch no longer fits the code.
+it, and a line `tests: ` with what pytest is to run; where it touches CUDA C++, that is the tests of
+the emulated kernels, built anew. Exits with 1 where a mistake went unseen, where the tests fail
+without it, or where a patch no longer fits the code.
 """
 
 import argparse
@@ -20,6 +21,8 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 # pytest's own exit statuses: all passed, some failed.
 PASSED, FAILED = 0, 1
+# Where the CUDA C++ kernels and their launchers are.
+CUDA = ("/csrc/", "/videoswin_kernels/cuda/")
 
 
 @contextmanager
@@ -35,10 +38,28 @@ def checkout() -> Iterator[Path]:
             subprocess.run([*git, "remove", "--force", tree], check=True)
 
 
-def run_tests(tree: Path, tests: list[str], *options: str) -> int:
+def touches_cuda(patch: Path) -> bool:
+    """Whether the emulated library has to be there."""
+    return any(path in patch.read_text(encoding="utf-8") for path in CUDA)
+
+
+def build(tree: Path) -> Path | None:
+    """The emulated library of the worktree's sources, None where they do not compile."""
+    command = [sys.executable, "setup.py", "build_ext", "--target=emulated"]
+    environment = {**os.environ, "VIDEOSWIN_CUDA": "off"}
+    done = subprocess.run(
+        command, cwd=tree, env=environment, capture_output=True, text=True, check=False
+    )
+    return None if done.returncode else Path(done.stdout.splitlines()[-1])
+
+
+def run_tests(tree: Path, tests: list[str], *options: str, library: Path | None = None) -> int:
     """pytest's exit status; the first failure is enough."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", *options, *tests]
-    return subprocess.run(command, cwd=tree, stdout=subprocess.DEVNULL, check=False).returncode
+    environment = {**os.environ, "VIDEOSWIN_EMULATED": str(library or "")}
+    return subprocess.run(
+        command, cwd=tree, env=environment, stdout=subprocess.DEVNULL, check=False
+    ).returncode
 
 
 def judge(tree: Path, patch: Path, tests: list[str]) -> str | None:
@@ -47,7 +68,12 @@ def judge(tree: Path, patch: Path, tests: list[str]) -> str | None:
     if subprocess.run(apply, check=False).returncode:
         return "does not fit the code any more"
     try:
-        status = run_tests(tree, tests)
+        library, options = None, []
+        if touches_cuda(patch):
+            library, options = build(tree), ["-k", "cuda"]
+            if library is None:
+                return "does not compile"
+        status = run_tests(tree, tests, *options, library=library)
     finally:
         subprocess.run(["git", "-C", tree, "checkout", "--quiet", "."], check=True)
     if status == FAILED:
@@ -80,7 +106,9 @@ def main() -> int:
             trees.put(stack.enter_context(checkout()))
         sound = sorted({test for tests in asked.values() for test in tests})
         tree = trees.get()
-        if run_tests(tree, sound, f"-n{processes}", "--dist=loadfile") != PASSED:
+        library = build(tree) if any(map(touches_cuda, patches)) else None
+        options = (f"-n{processes}", "--dist=loadfile")
+        if run_tests(tree, sound, *options, library=library) != PASSED:
             print(f"these fail without any mutation: {' '.join(sound)}")
             return 1
         trees.put(tree)

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 from videoswin_kernels.ops._vectors import warm
 
 # The kernel sets that are there, with the dispatch keys they serve.
-KERNEL_SETS = {"triton": ("CUDA", "CPU")}
+KERNEL_SETS = {"triton": ("CUDA", "CPU"), "cuda": ("CUDA", "CPU")}
 NAMESPACES = {kernels: getattr(torch.ops, f"videoswin_{kernels}") for kernels in KERNEL_SETS}
 # Held for the life of the process: an operator goes with its library.
 _LIBRARIES = {
@@ -46,6 +46,7 @@ class Operator(NamedTuple):
         gradient: `gradient(operators, ctx, *grads)`, where `operators` is the set's namespace.
             None: the operator is itself a gradient and refuses to be differentiated.
         flops: floating-point operations of the matrix products, of shapes in place of tensors.
+        kernel_sets: those that have the operator.
     """
 
     schema: str
@@ -55,6 +56,7 @@ class Operator(NamedTuple):
     save: Callable[..., None] | None = None
     gradient: Callable[..., tuple] | None = None
     flops: Callable[..., int] | None = None
+    kernel_sets: tuple[str, ...] = tuple(KERNEL_SETS)
 
     @property
     def name(self) -> str:
@@ -62,12 +64,12 @@ class Operator(NamedTuple):
 
 
 def declare(operator: Operator) -> None:
-    """Registers an operator in the namespace of each kernel set; called once, at import."""
-    for kernels, keys in KERNEL_SETS.items():
+    """Registers an operator in the namespace of each of its kernel sets; called once, at import."""
+    for kernels in operator.kernel_sets:
         library, namespace = _LIBRARIES[kernels], NAMESPACES[kernels]
         qualified = f"{library.ns}::{operator.name}"
         library.define(operator.schema, tags=(torch.Tag.pt2_compliant_tag,))
-        for key in keys:
+        for key in KERNEL_SETS[kernels]:
             library.impl(operator.name, partial(_run, kernels, operator), key)
         torch.library.register_fake(qualified, partial(_fake, operator), lib=library)
         if operator.gradient is None:

@@ -238,6 +238,7 @@ declare(
         gradient=_gradient,
         # q k^T and p v.
         flops=lambda qkv, _table, _pad, window, shift, *_: 4 * _score_products(qkv, window, shift),
+        kernel_sets=("triton",),
     )
 )
 declare(
@@ -258,5 +259,6 @@ declare(
         flops=lambda _grad, qkv, _table, _pad, _out, _lse, window, shift, *_: (
             10 * _score_products(qkv, window, shift)
         ),
+        kernel_sets=("triton",),
     )
 )

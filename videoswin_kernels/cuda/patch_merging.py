@@ -1,0 +1,43 @@
+"""Patch merging: the launchers of csrc/cuda/patch_merging.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from videoswin_kernels.cuda._launch import check_row, empty_partial, library
+
+
+def launch_patch_merging(
+    out: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    index: Tensor,
+) -> None:
+    check_row("patch_merging", out.shape[-1], x.shape[-1])
+    library("patch_merging", x).patch_merging(out, mean, rstd, x, index, weight, bias, eps)
+
+
+def launch_patch_merging_backward(
+    grad_x: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    needs_x: bool,
+    needs_affine: bool,
+    index: Tensor,
+) -> None:
+    clips, width = len(x), grad.shape[-1]
+    partial = empty_partial(x, len(index) // 4, clips, width if needs_affine else 0)
+    library("patch_merging", x).patch_merging_backward(
+        grad_x, grad_weight, grad_bias, partial, grad, x, index, weight, mean, rstd
+    )

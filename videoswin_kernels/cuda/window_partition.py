@@ -1,0 +1,18 @@
+"""Partition gathers rows by `source`, its way back by `target`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from videoswin_kernels.cuda._launch import library
+from videoswin_kernels.ops._vectors import WindowVectors
+
+
+def launch_window_partition(out: Tensor, x: Tensor, vectors: WindowVectors) -> None:
+    gather_rows = library("window_partition", x).gather_rows
+    gather_rows(out, x, vectors.source, len(vectors.target))
+
+
+def launch_window_reverse(out: Tensor, windows: Tensor, vectors: WindowVectors) -> None:
+    gather_rows = library("window_reverse", windows).gather_rows
+    gather_rows(out, windows, vectors.target, len(vectors.source))
