@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import ClassVar, NamedTuple, NoReturn
 
 import setuptools
 from setuptools import Extension, setup
@@ -269,7 +269,7 @@ def put(library: Path, folder: Path) -> None:
 class BuildLibraries(build_ext):
     """All libraries into the source tree, or for a wheel _ops.so alone."""
 
-    user_options = [*build_ext.user_options, ("target=", None, "build this target alone")]  # noqa: RUF012
+    user_options: ClassVar = [*build_ext.user_options, ("target=", None, "build this one alone")]
 
     def initialize_options(self) -> None:
         super().initialize_options()

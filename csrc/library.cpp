@@ -154,8 +154,12 @@ void run_patch_merging_backward(Tensor grad_x, Tensor grad_weight, Tensor grad_b
 #define DEVICE CUDA
 #endif
 
+// Headers of torch 2.10 take the name as it is written: one more macro replaces it first.
+#define DEFINE(names, m) STABLE_TORCH_LIBRARY(names, m)
+#define IMPLEMENT(names, key, m) STABLE_TORCH_LIBRARY_IMPL(names, key, m)
+
 // Launchers in place: all memory comes from Python, and an output of size 0 is not asked for.
-STABLE_TORCH_LIBRARY(NAMESPACE, m) {
+DEFINE(NAMESPACE, m) {
   m.def("gather_rows(Tensor(a!) out, Tensor x, Tensor index, int num_x) -> ()");
   m.def(
       "residual_norm(Tensor(a!) total, Tensor(b!) norm, Tensor(c!) mean, Tensor(d!) rstd, "
@@ -174,7 +178,7 @@ STABLE_TORCH_LIBRARY(NAMESPACE, m) {
       "Tensor rstd) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, DEVICE, m) {
+IMPLEMENT(NAMESPACE, DEVICE, m) {
   m.impl("gather_rows", TORCH_BOX(&run_gather_rows));
   m.impl("residual_norm", TORCH_BOX(&run_residual_norm));
   m.impl("residual_norm_backward", TORCH_BOX(&run_residual_norm_backward));

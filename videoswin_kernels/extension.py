@@ -69,7 +69,11 @@ def control() -> ModuleType:
     reason = why_not("_emulated")
     if reason is not None:
         raise ImportError(f"videoswin_kernels._C: {reason}")
-    return import_module("videoswin_kernels._C")
+    try:
+        return import_module("videoswin_kernels._C")
+    except ImportError as error:
+        first = str(error).partition("\n")[0]
+        raise ImportError(f"videoswin_kernels._C: {first}; run {BUILD}") from error
 
 
 def fingerprint(root: Path) -> str | None:
