@@ -1,6 +1,5 @@
 // What a kernel is written with: CUDA's own names and, in namespace videoswin, the numbers,
-// instructions and the launch below. nvcc makes machine code of them, a host compiler the
-// emulation.
+// instructions and the launch below. nvcc gives them a device, a host compiler its emulation.
 #pragma once
 
 #include <cstddef>
@@ -37,8 +36,7 @@ __device__ inline float round_to<float>(float x) {
   return x;
 }
 
-// A grid of so many blocks. More than there can be is a grid that cannot be launched, not a small
-// one.
+// A grid of so many blocks: of more than there can be, one that no launch takes, not a small one.
 inline dim3 grid_of(int64_t blocks) {
   return dim3(blocks < (int64_t{1} << 31) ? static_cast<unsigned>(blocks) : ~0u);
 }

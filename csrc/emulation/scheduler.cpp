@@ -65,8 +65,9 @@ void wait() {
   switch_fibers(waiting.fiber, next->fiber);
 }
 
-// Makes threads ready for which the running one came last; it goes on without a switch. With a token
-// all of them come after whatever was done before a release of it: what ThreadSanitizer is told.
+// Makes threads ready for which the running one came last; it goes on without a switch. With a
+// token all of them come after whatever was done before a release of it: what ThreadSanitizer is
+// told.
 template <typename IsOneOf>
 void wake(Thread* threads, unsigned count, void* token, IsOneOf is_one_of) {
   for (unsigned i = 0; i < count; ++i) {
