@@ -21,6 +21,8 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 ROOT = Path(__file__).parents[1]
+# Beside the others they find little, and take longest.
+SLOW_ROWS = ("dynamic", "export_strict", "copies")
 RUNS = [run for run in suite.runs("window_attention") if run.kernels != "reference"]
 EVERY = suite.every("window_attention", compiled=True)
 
@@ -31,6 +33,8 @@ def cell(run, row, subject):
         marks = [pytest.mark.skip("CUDA graphs need a CUDA GPU")]
     elif row == "inductor" and not (shutil.which("g++") or shutil.which(os.environ.get("CXX", ""))):
         marks = [pytest.mark.skip("Inductor needs a C++ compiler for the CPU")]
+    elif row in SLOW_ROWS:
+        marks = [pytest.mark.slow]
     return pytest.param(run, row, subject, marks=marks, id=f"{'-'.join(run)}-{row}-{subject}")
 
 
