@@ -2,6 +2,7 @@
 
 `python bench/accuracy.py` writes docs/accuracy.md. Without a GPU, TRITON_INTERPRET=1 has Triton's
 kernels interpreted, in float32 and float16: the interpreter gets bfloat16 wrong, so they refuse it.
+Those in CUDA C++ are emulated, where they are built, in all three.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from videoswin_kernels.testing import LARGE, Case
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNELS = ("triton", "cuda", "cpu")
+# How kernels for a GPU run on a CPU.
+ON_A_CPU = {"triton": "Triton's kernels interpreted", "cuda": "CUDA C++ kernels emulated"}
 PAGE = """# Accuracy
 
 Relative error ||result - exact|| / ||exact|| of outputs and gradients. Exact is Video Swin's own
@@ -37,7 +40,7 @@ arithmetic in float64, from the same inputs and the same gradients of the output
 a float32 residual stream and `qkv` as a Linear under autocast leaves it. Attention is in windows of
 {tokens} tokens, shifted and padded. What only moves tokens is exact: tests compare it bit for bit.
 
-Written by `python bench/accuracy.py` at commit {commit}, on {card}{interpreted};
+Written by `python bench/accuracy.py` at commit {commit}, on {card}{stand_ins};
 torch {torch}, Triton {triton}.
 
 {table}
@@ -170,11 +173,12 @@ def page(rows: list[dict], reasons: dict[str, str], facts: dict, tokens: int) ->
         cells = [f"{row[who]:.1e}" if who in row else "-" for who in present]
         lines.append("| " + " | ".join([row["operator"], row["dtype"], row["of"], *cells]) + " |")
     missing = [f"{why}." for kernels, why in reasons.items() if kernels in present]
+    how = [ON_A_CPU[k] for k in present if k in ON_A_CPU and facts["device"] == "cpu"]
     return PAGE.format(
         tokens=tokens,
         table="\n".join(lines),
-        reasons="\n- " + " ".join(missing) + "\n" if missing else "",
-        interpreted=", Triton's kernels interpreted" if facts["device"] == "cpu" else "",
+        reasons="".join(f"\n- {sentence}" for sentence in missing) + "\n" * bool(missing),
+        stand_ins=f",\n{', '.join(how)}" if how else "",
         **facts,
     )
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What can change a number; documents, tests and results cannot.
 PACKAGES = ("videoswin_kernels", "csrc", "model", "train", "bench")
 SUFFIXES = (".py", ".cu", ".cuh", ".cpp", ".h")
+BUILD = "CMakeLists.txt"
 CLOCKS = {"sm": "clocks.sm", "sm_max": "clocks.max.sm", "memory": "clocks.mem"}
 
 
@@ -105,18 +106,19 @@ def commit() -> str | None:
     head = output(["git", "rev-parse", "--short=12", "HEAD"])
     if not top or not head or Path(top).resolve() != ROOT:
         return os.environ.get("VIDEOSWIN_COMMIT") or None
-    changed = output(["git", "status", "--porcelain", "--", *(f"*{end}" for end in SUFFIXES)])
+    files = (BUILD, *(f"*{end}" for end in SUFFIXES))
+    changed = output(["git", "status", "--porcelain", "--", *files])
     return head if changed == "" else f"{head}-dirty"
 
 
 def sources() -> str:
     """Twelve digits of the source files' own sum: two dirty trees have the same commit."""
     total = hashlib.sha256()
-    for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*")):
-            if path.suffix in SUFFIXES and path.is_file():
-                total.update(f"{path.relative_to(ROOT).as_posix()}\0".encode())
-                total.update(path.read_bytes())
+    files = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*"))]
+    for path in (ROOT / BUILD, *files):
+        if path.name.endswith((BUILD, *SUFFIXES)) and path.is_file():
+            total.update(f"{path.relative_to(ROOT).as_posix()}\0".encode())
+            total.update(path.read_bytes())
     return total.hexdigest()[:12]
 
 

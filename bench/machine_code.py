@@ -42,6 +42,20 @@ KINDS = {
     "branches": r"(BRA|BRX|BSSY|BSYNC)",
 }
 UNITS = {"5uint4": 16, "5uint2": 8, "j": 4, "t": 2, "h": 1}
+HEAD = """# Machine code of the CUDA C++ kernels
+
+Written by `python bench/machine_code.py --write` at commit {commit}: nvcc {cuda}, {compiler}, read with
+cuobjdump. Nothing here was timed.
+
+Instructions are counted as they stand in the code, once, however often they run; what is not in a
+column is address arithmetic, conversion and control. Stack holds what registers could not: the build
+fails where there is any. The numbers of a layout are threads of a row, vectors of a thread, numbers of
+a vector; of a gather, bytes of a unit.
+
+Shared memory is asked for at the launch: by the backward kernels of rows in up to 32 threads 32 bytes a
+channel, at most 32 KB; for rows in more threads two sums of each warp, twice; 2 KB for column sums;
+elsewhere none. The column has what stands in the code, on sm_90a the driver's own 1,024 bytes in every
+kernel that asks for some."""
 
 
 class Code(NamedTuple):
@@ -134,21 +148,7 @@ def page(rows: list[Code]) -> str:
     """The tables as Markdown, an architecture each."""
     facts = extension.build_facts("_ops")
     kinds = [kind for kind in KINDS if any(row.mix[kind] for row in rows)]
-    lines = [
-        "# Machine code of the CUDA C++ kernels",
-        "",
-        f"Written by `python bench/machine_code.py --write` at commit {commit()}: nvcc "
-        f"{facts['cuda']}, {facts['compiler']}, read with cuobjdump. Nothing here was timed.",
-        "",
-        "Instructions are counted as they stand in the code, once, however often they run; what is",
-        "not in a column is address arithmetic, conversion and control. Stack holds what registers",
-        "could not: the build fails where there is any. The numbers of a layout are threads of a",
-        "row, vectors of a thread, numbers of a vector; of a gather, bytes of a unit. Shared memory",
-        "is asked for at the launch: for the backward kernels of rows in up to 32 threads 32 bytes a",
-        "channel, at most 32 KB; for rows in more threads two sums of each warp, twice; 2 KB for",
-        "column sums; elsewhere none. The column has what stands in the code, on sm_90a the driver's",
-        "own 1,024 bytes of every kernel that asks for some.",
-    ]
+    lines = [HEAD.format(commit=commit(), **facts)]
     for architecture in sorted({row.architecture for row in rows}):
         lines += ["", f"## {architecture}", ""]
         columns = ["kernel", "registers", "stack", "shared", "instructions", *kinds]

@@ -15,7 +15,7 @@ if not __package__:
 
 import torch
 
-from bench import report, sanitize, suite
+from bench import libraries, report, sanitize, suite
 from bench.harness import Rows, header
 from bench.jobs import CUT_OFF, Done, run
 from bench.report import Report
@@ -33,6 +33,8 @@ STAGES = {
     "step": scripts(["train_step"]),
     "tune": tune,
 }
+# Those that ask kernels in C++, whose libraries must be there before their parts are listed.
+OF_LIBRARIES = ("smoke", "suite", "sanitize")
 
 
 class Stopped(Exception):
@@ -106,6 +108,15 @@ def tell_scripts(
     return Report(name, ran, failures, [], "it stopped before its end" * is_left, "\n".join(table))
 
 
+def joined(first: Report, then: Report) -> Report:
+    """The report on a stage, with that on what ran before it."""
+    both = {
+        name: [*getattr(first, name), *getattr(then, name)]
+        for name in ("ran", "failures", "skipped")
+    }
+    return then._replace(left="; ".join(filter(None, (first.left, then.left))), **both)
+
+
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """The options, those of the stage behind all others."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -137,7 +148,13 @@ def main(words: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, stop)
     rows = Rows(context.rows, header(options.device))
     try:
+        built = None
+        if options.device == "cuda" and options.stage in OF_LIBRARIES:
+            built = libraries.build(context, rows)
+            if built.failures or built.skipped or built.left:
+                context = context._replace(without=("cuda",))
         told = conduct(options.stage, STAGES[options.stage](context), rows, context)
+        told = joined(built, told) if built else told
         (output / "report.txt").write_text(told.text(rows.header), encoding="utf-8")
     finally:
         report.pack(output, context.logs)

@@ -7,8 +7,9 @@ usage() {
 bash bench/on_gpu.sh STAGE OUTPUT [--minutes 8] [arguments of the stage]
 
 stages
-  smoke       one case of every operator, dtype and direction against float64, in 90 s;
-              with --device cpu interpreted, on any machine
+  smoke       one case of every operator, kernel set, dtype and direction against float64, and
+              every intrinsic of the CUDA C++ kernels against its emulation;
+              with --device cpu, on any machine, interpreted and emulated, without the intrinsics
   suite       the tests but the slow ones; arguments: files, such as tests/test_attention.py
   sanitize    compute-sanitizer's four tools on small shapes
   ceilings    what this card reaches: copy, matrix products, exponentials, shared memory
@@ -21,8 +22,12 @@ A stage ends after --minutes. OUTPUT then holds rows.jsonl, report.txt and logs.
 again with that rows.jsonl in OUTPUT, on the same card and code, it goes on from there. Exit
 status: 0 all is well, 1 something failed, 2 it cannot run here, 3 something is left to do.
 
+On a GPU smoke, suite and sanitize first build the C++ libraries, for that card alone, where they
+are missing or of other sources. Where that does not work they say so, and go on with Triton.
+
 PYTHON names the interpreter (python3), VIDEOSWIN_COMMIT the commit where the checkout has no
-history. The device machine needs Python 3.10, torch 2.10, Triton 3.6, einops and pytest.
+history. The device machine needs Python 3.10, torch 2.10, Triton 3.6, einops and pytest; for the
+libraries nvcc, a C++ compiler, CMake and ninja; for the intrinsics pybind11.
 END
 }
 
@@ -101,7 +106,7 @@ if device == "cuda":
     import torch
 
     if not torch.cuda.is_available():
-        refuse("torch finds no CUDA GPU here (smoke --device cpu runs interpreted)")
+        refuse("torch finds no CUDA GPU here (smoke takes --device cpu)")
 END
 
 mkdir -p "$output" || refuse "$output cannot be made"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 from bench.jobs import ENDED, Done, Job
 from bench.report import tabulate
-from bench.stages import Context, Part, Stage, half_the_processors, python
-from videoswin_kernels.selection import OPERATORS
+from bench.smoke import absence
+from bench.stages import Context, Part, Stage, asked, half_the_processors, python
 
 PROGRAM = "compute-sanitizer"
 # Its own exit status where it found something; any other is that of smoke.py.
@@ -26,28 +28,32 @@ TOOLS = {
 # What a tool prints last.
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 LIMIT = 300.0
-COLUMNS = ("tool", "operator", "errors", "seconds")
+COLUMNS = ("tool", "kernels", "operator", "errors", "seconds")
 
 
 def stage(context: Context) -> Stage:
-    """One process for each tool and operator."""
-    program = find()
+    """One process for each tool, kernel set and operator."""
+    program, (chosen, others) = find(), asked(context)
     parts = []
-    for tool, (options, environment) in TOOLS.items():
-        for operator in OPERATORS:
-            command = [
-                *(program or PROGRAM, "--tool", tool, "--error-exitcode", FOUND, *options),
-                # The compilers that Triton starts need no check.
-                *("--target-processes", "application-only"),
-                *python("smoke.py", "--device", context.device, "--sanitized"),
-                *("--shapes", "small", "--operators", operator, *context.arguments),
-            ]
-            if program is None:
-                # Nothing to run, but a row.
-                command = ["true"]
-            job = Job(f"sanitize_{tool}_{operator}", command, environment, LIMIT)
-            key = {"bench": "sanitize", "tool": tool, "operator": operator}
-            parts.append(Part(job, key, row_of if program else absent))
+    for tool, kernels, operator in product(TOOLS, chosen.kernels, chosen.operators):
+        options, environment = TOOLS[tool]
+        words = ["--device", context.device, "--sanitized", "--shapes", "small"]
+        words += ["--kernels", kernels, "--operators", operator, "--dtypes", *chosen.dtypes]
+        command = [
+            *(program, "--tool", tool, "--error-exitcode", FOUND, *options),
+            # The compilers that Triton starts need no check.
+            *("--target-processes", "application-only"),
+            *python("smoke.py", *words, *others),
+        ]
+        rows, reason = row_of, absence(kernels, operator)
+        if program is None:
+            reason = f"{PROGRAM} is not installed"
+        if reason is not None:
+            # Nothing to run, but a row.
+            command, rows = ["true"], partial(not_run, reason)
+        key = {"bench": "sanitize", "tool": tool, "kernels": kernels, "operator": operator}
+        job = Job("_".join(key.values()), command, environment, LIMIT)
+        parts.append(Part(job, key, rows))
     return Stage(parts, half_the_processors(), lambda rows: tabulate(rows, COLUMNS))
 
 
@@ -58,8 +64,8 @@ def find() -> str | None:
     return next(filter(None, (shutil.which(PROGRAM, path=place) for place in places)), None)
 
 
-def absent(done: Done) -> list[dict]:
-    return [{"reason": f"{PROGRAM} is not installed"}]
+def not_run(reason: str, done: Done) -> list[dict]:
+    return [{"reason": reason}]
 
 
 def row_of(done: Done) -> list[dict]:

@@ -1,7 +1,8 @@
-"""One case of every operator, dtype and direction, compared with float64.
+"""One case of every operator, kernel set, dtype and direction, compared with float64.
 
-`python bench/smoke.py [--device cpu]`; the kernels of a CPU are interpreted, for which
-TRITON_INTERPRET=1 must be set. Exits with 1 where a result is outside its bound, or does not come.
+`python bench/smoke.py [--device cpu]`. On a CPU kernels in Triton are interpreted, for which
+TRITON_INTERPRET=1 must be set, and those in CUDA C++ are emulated, where they are built. Exits with
+1 where a result is outside its bound, or does not come.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
@@ -27,9 +29,17 @@ from torch import Tensor
 
 import videoswin_kernels
 from bench.harness import Rows, header
-from videoswin_kernels.selection import MOVEMENT, OPERATORS, UnavailableError, check_word
+from videoswin_kernels.selection import (
+    MOVEMENT,
+    OPERATORS,
+    Call,
+    UnavailableError,
+    check_word,
+    reason_against,
+)
 from videoswin_kernels.testing import ATTENTION, Case
 
+KERNELS = ("triton", "cuda")
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
 COLUMNS = ("operator", "kernels", "dtype", "direction", "output", "error", "bound", "within")
 # Several windows, tiles and clips, padded and masked: everything a kernel distinguishes.
@@ -135,17 +145,25 @@ def judge(got: Tensor, exact: Tensor, naive: Tensor, is_moved: bool) -> tuple[fl
     return distance(got), 0.0 if is_moved else 2 * distance(naive) + rounding
 
 
-def ask(operator: str, name: str, options: argparse.Namespace) -> list[dict]:
+def absence(kernels: str, operator: str) -> str | None:
+    """Why a kernel set has not this operator in this version, on any machine; None if it has."""
+    if kernels not in KERNELS or hasattr(getattr(torch.ops, f"videoswin_{kernels}"), operator):
+        return None
+    return reason_against(kernels, Call(operator, "meta"))
+
+
+def ask(operator: str, kernels: str, name: str, options: argparse.Namespace) -> list[dict]:
     """The rows of an operator in a dtype, one for each direction and its worst result."""
-    row = {"bench": "smoke", "operator": operator, "kernels": options.kernels, "dtype": name}
+    row = {"bench": "smoke", "operator": operator, "kernels": kernels, "dtype": name}
     row["shapes"] = options.shapes
     torch.manual_seed(0)
     asked, began = question(operator, options.shapes, DTYPES[name]), time.monotonic()
     try:
-        got = answers(asked, options.kernels, options.device)
+        got = answers(asked, kernels, options.device)
     except UnavailableError as refusal:
-        # On a GPU every kernel must run; an interpreter computes no bfloat16.
-        kind = "failed" if options.device == "cuda" else "reason"
+        # On a GPU every kernel that there is must run; an interpreter computes no bfloat16.
+        must_run = options.device == "cuda" and absence(kernels, operator) is None
+        kind = "failed" if must_run else "reason"
         return [{**row, "direction": "both", kind: str(refusal)}]
     except Exception as fault:  # Whatever it is, the others shall be asked.
         traceback.print_exc()
@@ -184,7 +202,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if has_cuda else "cpu")
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--kernels", default="triton", type=partial(check_word, "smoke"))
+    word = partial(check_word, "smoke")
+    parser.add_argument("--kernels", nargs="+", default=list(KERNELS), type=word)
     parser.add_argument("--shapes", choices=SHAPES, help="default: model on a GPU, small elsewhere")
     parser.add_argument(
         "--sanitized",
@@ -200,11 +219,10 @@ def main(words: Sequence[str] | None = None) -> int:
     torch.use_deterministic_algorithms(not options.sanitized, warn_only=True)
     rows = Rows(options.json, header(options.device))
     failures = 0
-    for operator in options.operators:
-        for name in options.dtypes:
-            for row in ask(operator, name, options):
-                rows.append(row)
-                failures += "failed" in row
+    for asked in product(options.operators, options.kernels, options.dtypes):
+        for row in ask(*asked, options):
+            rows.append(row)
+            failures += "failed" in row
     print(rows.table(COLUMNS, {"bench": "smoke"}))
     return int(failures > 0)
 

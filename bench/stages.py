@@ -7,14 +7,17 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+from bench import intrinsics
 from bench.jobs import Done, Job
 from bench.machine import ROOT
 from bench.report import tabulate
-from bench.smoke import COLUMNS, DTYPES
-from videoswin_kernels.selection import OPERATORS
+from bench.smoke import COLUMNS, DTYPES, KERNELS
+from videoswin_kernels.selection import OPERATORS, WORDS
 
 # A script stops between its rows: it may take this many seconds longer than it was told.
 GRACE = 40
@@ -25,10 +28,11 @@ class Context(NamedTuple):
 
     Attributes:
         output: folder of the results.
-        device: "cuda", or "cpu" for the interpreter.
+        device: "cuda", or "cpu" for the interpreter and the emulation.
         deadline: when a stage stops itself, by `time.monotonic`.
         minutes: from now until then.
         arguments: the rest of the command line.
+        without: kernel sets that cannot be asked, as their libraries could not be built.
     """
 
     output: Path
@@ -36,6 +40,7 @@ class Context(NamedTuple):
     deadline: float
     minutes: float
     arguments: Sequence[str]
+    without: Sequence[str] = ()
 
     @property
     def rows(self) -> Path:
@@ -103,29 +108,52 @@ def tune(context: Context) -> Stage:
     return scripts(["tune"])(context._replace(arguments=[str(Path(file).resolve()), *words]))
 
 
-def smoke(context: Context) -> Stage:
-    """Each operator and dtype in a process of its own: they compile side by side."""
-    # A CPU has interpreted kernels alone.
-    environment = {} if context.device == "cuda" else {"TRITON_INTERPRET": "1"}
+def asked(context: Context) -> tuple[argparse.Namespace, list[str]]:
+    """The operators, dtypes and kernel sets that smoke.py is to ask, and its other arguments."""
     parser = argparse.ArgumentParser("smoke", add_help=False)
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=tuple(DTYPES))
+    parser.add_argument("--kernels", nargs="+", choices=WORDS, default=KERNELS)
     chosen, others = parser.parse_known_args(context.arguments)
+    chosen.kernels = [name for name in chosen.kernels if name not in context.without]
+    return chosen, others
+
+
+def smoke(context: Context) -> Stage:
+    """Each kernel set, operator and dtype in a process of its own: they compile side by side."""
+    # Of Triton, a CPU has interpreted kernels alone.
+    environment = {} if context.device == "cuda" else {"TRITON_INTERPRET": "1"}
+    chosen, others = asked(context)
     parts = []
-    for operator in chosen.operators:
-        for dtype in chosen.dtypes:
-            name = f"smoke_{operator}_{dtype}"
-            file = context.logs / f"{name}.jsonl"
-            words = ["--device", context.device, "--operators", operator, "--dtypes", dtype]
-            command = python("smoke.py", *words, "--json", file, *others)
-            key = {"bench": "smoke", "operator": operator, "dtype": dtype}
-            job = Job(name, command, environment, limit=120)
-            parts.append(Part(job, key, lambda done, file=file: smoke_rows(done, file)))
-    return Stage(parts, half_the_processors(), lambda rows: tabulate(rows, COLUMNS))
+    for kernels, operator, dtype in product(chosen.kernels, chosen.operators, chosen.dtypes):
+        key = {"bench": "smoke", "kernels": kernels, "operator": operator, "dtype": dtype}
+        file = context.logs / f"{'_'.join(key.values())}.jsonl"
+        words = ["--device", context.device, "--kernels", kernels]
+        words += ["--operators", operator, "--dtypes", dtype, *others]
+        command = python("smoke.py", *words, "--json", file)
+        job = Job(file.stem, command, environment, limit=120)
+        rows = partial(rows_of, file=file, place={"direction": "both"})
+        parts.append(Part(job, key, rows))
+    if context.device == "cuda" and "cuda" in chosen.kernels:
+        file = context.logs / "intrinsics.jsonl"
+        job = Job(file.stem, python("intrinsics.py", "--json", file), limit=120)
+        rows = partial(rows_of, file=file, place={"intrinsic": "all"})
+        parts.append(Part(job, {"bench": "intrinsics"}, rows))
+    return Stage(parts, half_the_processors(), smoke_table)
 
 
-def smoke_rows(done: Done, file: Path) -> list[dict]:
-    """The rows that smoke.py wrote, or one that says why it wrote none."""
-    if not file.exists():
-        return [{"direction": "both", "failed": done.failure or "it wrote no rows"}]
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+def rows_of(done: Done, file: Path, place: dict) -> list[dict]:
+    """The rows that a script wrote, and one that says how it failed, if none of them does."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in lines]
+    if not any("failed" in row for row in rows) and (done.failure or not rows):
+        rows.append({**place, "failed": done.failure or "it wrote no rows"})
+    return rows
+
+
+def smoke_table(rows: list[dict]) -> str:
+    """The operators, and behind them the intrinsics, if they were asked."""
+    tables = [tabulate(rows, COLUMNS)]
+    if any("intrinsic" in row for row in rows):
+        tables.append(tabulate(rows, intrinsics.COLUMNS))
+    return "\n\n".join(tables)

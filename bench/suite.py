@@ -12,15 +12,19 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench.jobs import Done, Job, run
-from bench.machine import ROOT
+from bench.machine import ROOT, SUFFIXES
 from bench.report import tabulate
 from bench.stages import Context, Part, Stage, half_the_processors
 
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider")
 # Tests of one part: what a deadline cuts off is run again from the beginning of its part.
 PART = 40
-# The files of the kernels, which spend their time compiling: they begin, and are cut into parts.
-FIRST = ("attention", "triton", "kernel_sets", "norm", "merging", "registered", "declared", "model")
+# The files of the kernels, which spend their time compiling and emulating: they begin, and are cut
+# into parts. Those that build programs for all their tests are not: each part would build them.
+FIRST = (
+    *("attention", "triton", "kernel_sets", "norm", "merging", "registered", "declared", "model"),
+    "cuda",
+)
 LIMIT = 300.0
 # Several processes share the processors; Inductor alone would start one for each in each of them.
 ENVIRONMENT = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
@@ -44,7 +48,8 @@ def stage(context: Context) -> Stage:
         pieces = [names[start : start + size] for start in range(0, len(names), size)]
         for number, piece in enumerate(pieces, 1):
             key = {"bench": "suite", "file": file, "part": f"{number}/{len(pieces)}"}
-            parts.append(part({**key, "tests": version}, piece, context.logs))
+            key |= {"tests": version, "without": " ".join(context.without)}
+            parts.append(part(key, piece, context.logs))
     return Stage(parts, half_the_processors(), by_file)
 
 
@@ -67,10 +72,11 @@ def collect(files: list[str], context: Context) -> dict[str, list[str]]:
 
 
 def digest(folder: Path) -> str:
-    """Twelve digits of the sum of a folder's Python files."""
+    """Twelve digits of the sum of a folder's sources."""
     total = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        total.update(path.read_bytes())
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in SUFFIXES:
+            total.update(path.read_bytes())
     return total.hexdigest()[:12]
 
 

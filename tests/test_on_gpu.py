@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ import torch
 
 pytest.importorskip("triton", minversion="3.6")
 
-from bench import on_gpu, report, sanitize, suite
+from bench import machine, on_gpu, report, sanitize, smoke, stages, suite
 from bench.harness import Rows
 from bench.jobs import CUT_OFF, ENDED, TOO_LONG, Done, Job, run
 from bench.smoke import judge
 from bench.stages import Context, Part, Stage, scripts
+from videoswin_kernels import extension
+from videoswin_kernels.selection import NO_CUDA_ATTENTION, OPERATORS, UnavailableError
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "bench" / "on_gpu.sh"
@@ -115,10 +118,10 @@ def test_help_names_every_stage():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there, smoke itself runs on the GPU")
-def test_smoke_interpreted_leaves_rows_a_report_and_packed_logs(tmp_path):
+def test_smoke_on_a_cpu_leaves_rows_a_report_and_packed_logs(tmp_path):
     output = tmp_path / "out"
-    words = ["--device", "cpu", "--operators", "patch_merging", "--dtypes", "float16"]
-    done = call("smoke", output, "--minutes", "2", *words)
+    words = ["--device", "cpu", "--operators", "patch_merging", "--dtypes", "float16", "bfloat16"]
+    done = call("smoke", output, "--minutes", "3", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "smoke: nothing failed"
     assert sorted(path.name for path in output.iterdir()) == [
@@ -127,11 +130,18 @@ def test_smoke_interpreted_leaves_rows_a_report_and_packed_logs(tmp_path):
         "rows.jsonl",
     ]
     rows = [json.loads(line) for line in (output / "rows.jsonl").read_text().splitlines()]
-    assert {row["direction"] for row in rows} == {"forward", "backward"}
-    assert all(row["within"] and 0 < row["error"] <= row["bound"] for row in rows)
+    # Emulated, bfloat16 is computed, too.
+    ran = {(row["kernels"], row["dtype"]) for row in rows if "reason" not in row}
+    is_built = extension.why_not("_emulated") is None
+    emulated = {("cuda", "float16"), ("cuda", "bfloat16")} if is_built else set()
+    assert ran == {("triton", "float16"), *emulated}
+    for kernels, dtype in ran:
+        mine = [row for row in rows if (row["kernels"], row["dtype"]) == (kernels, dtype)]
+        assert {row["direction"] for row in mine} == {"forward", "backward"}
+        assert all(row["within"] and 0 < row["error"] <= row["bound"] for row in mine)
     text = (output / "report.txt").read_text()
     assert re.search(r"^commit  ", text, re.MULTILINE)
-    assert text.rstrip().endswith("yes")
+    assert re.search(r"^patch_merging +triton +float16 .+ yes$", text, re.MULTILINE)
     with tarfile.open(output / "logs.tar.gz") as logs:
         assert any(name.endswith(".log") for name in logs.getnames())
 
@@ -284,7 +294,8 @@ def test_a_test_process_that_dies_fails(tmp_path):
 
 
 def test_the_suite_begins_with_the_kernels_and_cuts_their_files(tmp_path, monkeypatch):
-    files = ["tests/test_metrics.py", "tests/test_sampling.py", "tests/test_attention_windows.py"]
+    files = ["metrics", "sampling", "emulation", "cuda_rows", "attention_windows"]
+    files = [f"tests/test_{name}.py" for name in files]
     names = {file: [f"{file}::test[{n}]" for n in range(100)] for file in files[1:]}
     monkeypatch.setattr(suite, "collect", lambda files, context: names)
     context = Context(tmp_path, "cuda", time.monotonic(), 1, files)
@@ -293,12 +304,35 @@ def test_the_suite_begins_with_the_kernels_and_cuts_their_files(tmp_path, monkey
         ("attention_windows.py", "1/3"),
         ("attention_windows.py", "2/3"),
         ("attention_windows.py", "3/3"),
+        ("cuda_rows.py", "1/3"),
+        ("cuda_rows.py", "2/3"),
+        ("cuda_rows.py", "3/3"),
+        # Its programs are built by each process that runs a part of it.
+        ("emulation.py", "1/1"),
         ("metrics.py", "1/1"),
         ("sampling.py", "1/1"),
     ]
     # What could not be collected is run as a file, and says why.
-    assert parts[3].job.command[-1] == "tests/test_metrics.py"
+    assert parts[-2].job.command[-1] == "tests/test_metrics.py"
     assert len({p.job.name for p in parts}) == len(parts)
+    # Tests that a missing library skipped have not been asked.
+    other = suite.stage(context._replace(without=("cuda",))).parts
+    assert all(p.key not in [q.key for q in parts] for p in other)
+
+
+def test_what_other_sources_gave_is_not_continued(tmp_path, monkeypatch):
+    for name in ("tests/emulation/faults.cu", "tests/test_it.py", "bench/a.py", "CMakeLists.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    for name in ("tests/emulation/faults.cu", "tests/test_it.py"):
+        before = suite.digest(tmp_path / "tests")
+        (tmp_path / name).write_text("2")
+        assert suite.digest(tmp_path / "tests") != before
+    for name in ("bench/a.py", "CMakeLists.txt"):
+        before = machine.sources()
+        (tmp_path / name).write_text("2")
+        assert machine.sources() != before
 
 
 def said(folder, text, status=0, end=ENDED):
@@ -338,17 +372,94 @@ def test_a_sanitizer_that_cannot_work_has_a_reason_and_no_failure(tmp_path):
     assert row == {"reason": "compute-sanitizer does not work here: Error: Device not supported."}
     (row,) = sanitize.row_of(said(tmp_path, "no injection library\n", 255))
     assert row["reason"].endswith("no injection library")
-    assert "failed" not in sanitize.absent(said(tmp_path, ""))[0]
 
 
-def test_each_tool_watches_each_operator(tmp_path, monkeypatch):
+def test_each_tool_watches_each_operator_of_each_kernel_set(tmp_path, monkeypatch):
     monkeypatch.setattr(sanitize, "find", lambda: "/tools/compute-sanitizer")
-    parts = sanitize.stage(Context(tmp_path, "cuda", 0.0, 1, ())).parts
-    assert len(parts) == len({p.job.name for p in parts}) == 24
+    context = Context(tmp_path, "cuda", 0.0, 1, ["--dtypes", "float16"])
+    parts = sanitize.stage(context).parts
+    assert len(parts) == len({p.job.name for p in parts}) == 4 * 2 * 6
     uncached = {
         p.key["tool"] for p in parts if "PYTORCH_NO_CUDA_MEMORY_CACHING" in p.job.environment
     }
     assert uncached == {"memcheck", "initcheck"}
+    for each in parts:
+        words = " ".join(map(str, each.job.command))
+        if (each.key["kernels"], each.key["operator"]) == ("cuda", "window_attention"):
+            # A clean row of kernels that there are not would be a lie.
+            assert words == "true"
+            (row,) = each.rows(said(tmp_path, ""))
+            assert row == {"reason": NO_CUDA_ATTENTION}
+            continue
+        asked = "--kernels {kernels} --operators {operator} --dtypes float16".format(**each.key)
+        assert words.endswith(asked)
+        assert f"--tool {each.key['tool']} " in words
+    chosen = sanitize.stage(context._replace(without=("cuda",))).parts
+    assert {p.key["kernels"] for p in chosen} == {"triton"}
+
+
+def test_without_the_sanitizer_there_is_a_reason_and_nothing_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(sanitize, "find", lambda: None)
+    parts = sanitize.stage(Context(tmp_path, "cuda", 0.0, 1, ())).parts
+    assert {" ".join(p.job.command) for p in parts} == {"true"}
+    for each in parts:
+        assert each.rows(said(tmp_path, "")) == [{"reason": "compute-sanitizer is not installed"}]
+
+
+def keys(parts):
+    return [tuple(p.key[name] for name in ("kernels", "operator", "dtype")) for p in parts]
+
+
+def test_smoke_asks_both_kernel_sets_and_on_a_gpu_the_intrinsics(tmp_path):
+    context = Context(tmp_path, "cuda", 0.0, 1, ())
+    *parts, last = stages.smoke(context).parts
+    every = [(k, o, d) for k in ("triton", "cuda") for o in OPERATORS for d in smoke.DTYPES]
+    assert keys(parts) == every
+    assert last.key == {"bench": "intrinsics"}
+    assert last.job.command[1].endswith("bench/intrinsics.py")
+    names = [p.job.name for p in (*parts, last)]
+    assert len(set(names)) == len(names)
+    # What could not be built is not asked; what there is is.
+    without = stages.smoke(context._replace(without=("cuda",))).parts
+    assert keys(without) == [key for key in every if key[0] == "triton"]
+    # A CPU has nothing to compare its emulation with.
+    assert keys(stages.smoke(context._replace(device="cpu")).parts) == every
+    words = ["--kernels", "cuda", "--operators", "patch_merging", "--dtypes", "float16", "--x"]
+    (one, _) = stages.smoke(context._replace(arguments=words)).parts
+    asked = "--kernels cuda --operators patch_merging --dtypes float16 --x"
+    assert asked in " ".join(map(str, one.job.command))
+
+
+def test_a_script_that_dies_after_a_row_has_failed(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    died = said(tmp_path, "", -11)
+    assert stages.rows_of(died, file, {"of": "all"}) == [
+        {"of": "all", "failed": "killed by signal 11"}
+    ]
+    file.write_text('{"of": "one"}\n')
+    assert stages.rows_of(died, file, {"of": "all"})[0] == {"of": "one"}
+    assert stages.rows_of(died, file, {"of": "all"})[1]["failed"] == "killed by signal 11"
+    assert stages.rows_of(said(tmp_path, ""), file, {"of": "all"}) == [{"of": "one"}]
+    # A row that says how it failed is enough.
+    file.write_text('{"of": "one", "failed": "it is off"}\n')
+    assert len(stages.rows_of(said(tmp_path, "", 1), file, {"of": "all"})) == 1
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_on_a_gpu_every_operator_that_a_kernel_set_has_must_run(device, monkeypatch):
+    def refuse(asked, kernels, device):
+        raise UnavailableError("a sentence")
+
+    monkeypatch.setattr(smoke, "answers", refuse)
+    options = Namespace(device=device, shapes="small", sanitized=False)
+    for kernels in smoke.KERNELS:
+        for operator in OPERATORS:
+            (row,) = smoke.ask(operator, kernels, "float32", options)
+            is_absent = (kernels, operator) == ("cuda", "window_attention")
+            kind = "failed" if device == "cuda" and not is_absent else "reason"
+            assert (row["kernels"], row["operator"]) == (kernels, operator)
+            assert row.get(kind) == "a sentence"
+            assert ("failed" in row) == (kind == "failed")
 
 
 def test_a_row_that_was_cut_off_is_not_written(tmp_path):
