@@ -12,7 +12,6 @@ From the environment, read here alone:
 Ends with status 3 where a tool is missing; the last line says which, and how to get it.
 """
 
-import fcntl
 import filecmp
 import hashlib
 import json
@@ -25,7 +24,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar, NamedTuple, NoReturn
@@ -46,7 +45,6 @@ TARGETS = {
     "emulated_address": "address/_emulated.so",
     "emulated_thread": "thread/_emulated.so",
 }
-PIP_NVCC = "pip install 'cuda-toolkit[nvcc,cccl]==13.2.2'"
 
 
 def refuse(sentence: str, status: int = 1) -> NoReturn:
@@ -112,6 +110,15 @@ def find_compiler() -> str:
     refuse("there is no C++ compiler in PATH; on Debian: apt install g++", MISSING)
 
 
+def how_to_get_nvcc() -> str:
+    """pip's packages of nvcc, of the release that this torch asks for: another would replace it."""
+    for requirement in metadata.requires("torch") or []:
+        found = re.match(r"cuda-toolkit\[.*\]==([\d.]+)", requirement)
+        if found:
+            return f"pip install 'cuda-toolkit[nvcc,cccl]=={found[1]}' and build again"
+    return "install the CUDA toolkit and build again"
+
+
 def find_nvcc(torch: Path) -> str | None:
     """The CUDA compiler: that of CUDA_HOME, or of PATH, or of the pip packages beside torch."""
     home, path = (os.environ.get(name) for name in ("CUDA_HOME", "PATH"))
@@ -155,7 +162,7 @@ def find_cuda(torch: Path, compiler: str, architectures: str, proven: Path) -> t
         return "", "VIDEOSWIN_CUDA=off was set"
     nvcc = find_nvcc(torch)
     if nvcc is None:
-        reason = f"no nvcc in CUDA_HOME, in PATH, or beside torch; {PIP_NVCC} and build again"
+        reason = f"no nvcc in CUDA_HOME, in PATH, or beside torch; {how_to_get_nvcc()}"
     else:
         attempt = "\n".join([nvcc, compiler, architectures])
         failure = None
@@ -197,8 +204,6 @@ def architectures() -> str:
 
 def configure() -> Build:
     """Has CMake write what ninja builds, in a folder for this Python and its torch."""
-    if sys.platform != "linux":
-        refuse(f"the C++ libraries are built on Linux alone, this is {sys.platform}", MISSING)
     torch, version = find_torch()
     cmake, ninja, compiler = find_cmake(), find_tool("ninja", "BIN_DIR"), find_compiler()
     here = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
@@ -246,6 +251,8 @@ def configure() -> Build:
 @contextmanager
 def alone() -> Iterator[None]:
     """Builds of one checkout, whatever Python they are for, follow each other."""
+    import fcntl
+
     BUILD.mkdir(exist_ok=True)
     with (BUILD / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -278,6 +285,17 @@ class BuildLibraries(build_ext):
     def run(self) -> None:
         if self.target not in (None, *TARGETS):
             refuse(f"--target must be one of {', '.join(TARGETS)}, got {self.target}")
+        is_in_place = bool(self.target or self.inplace) or "build_ext" in self.distribution.commands
+        try:
+            self.build_libraries(is_in_place)
+        except SystemExit as end:
+            # The sentence is printed. A wheel without the library is good for all but its kernels.
+            if is_in_place or end.code != MISSING:
+                raise
+
+    def build_libraries(self, is_in_place: bool) -> None:
+        if sys.platform != "linux":
+            refuse(f"the C++ libraries are built on Linux alone, this is {sys.platform}", MISSING)
         with alone():
             build = configure()
             for sentence in build.without:
@@ -285,7 +303,7 @@ class BuildLibraries(build_ext):
             if self.target:
                 build.make(self.target)
                 print(build.folder / TARGETS[self.target])
-            elif self.inplace or "build_ext" in self.distribution.commands:
+            elif is_in_place:
                 build.make()
                 for name in build.libraries:
                     put(build.folder / "lib" / name, PACKAGE)

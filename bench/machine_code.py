@@ -44,18 +44,18 @@ KINDS = {
 UNITS = {"5uint4": 16, "5uint2": 8, "j": 4, "t": 2, "h": 1}
 HEAD = """# Machine code of the CUDA C++ kernels
 
-Written by `python bench/machine_code.py --write` at commit {commit}: nvcc {cuda}, {compiler}, read with
-cuobjdump. Nothing here was timed.
+Written by `python bench/machine_code.py --write` at commit {commit}: nvcc {cuda}, {compiler},
+read with cuobjdump. Nothing here was timed.
 
 Instructions are counted as they stand in the code, once, however often they run; what is not in a
-column is address arithmetic, conversion and control. Stack holds what registers could not: the build
-fails where there is any. The numbers of a layout are threads of a row, vectors of a thread, numbers of
-a vector; of a gather, bytes of a unit.
+column is address arithmetic, conversion and control. Stack holds what registers could not: the
+build fails where there is any. The numbers of a layout are threads of a row, vectors of a thread,
+numbers of a vector; of a gather, bytes of a unit.
 
-Shared memory is asked for at the launch: by the backward kernels of rows in up to 32 threads 32 bytes a
-channel, at most 32 KB; for rows in more threads two sums of each warp, twice; 2 KB for column sums;
-elsewhere none. The column has what stands in the code, on sm_90a the driver's own 1,024 bytes in every
-kernel that asks for some."""
+Shared memory is asked for at the launch: by the backward kernels of rows in up to 32 threads 32
+bytes a channel, at most 32 KB; for rows in more threads two sums of each warp, twice; 2 KB for
+column sums; elsewhere none. The column has what stands in the code, on sm_90a the driver's own
+1,024 bytes in every kernel that asks for some."""
 
 
 class Code(NamedTuple):
@@ -142,6 +142,22 @@ def read(library: Path = LIBRARY) -> list[Code]:
         for (architecture, name), used in usage.items()
         for mix in [counts[architecture, name]]
     )
+
+
+def bounds(library: Path = LIBRARY) -> dict[tuple[str, str], int]:
+    """(architecture, kernel) -> the threads of a block that it was compiled for, at most."""
+    found: dict[tuple[str, str], int] = {}
+    architecture = name = ""
+    lines = iter(dump(library, "-elf").splitlines())
+    for line in lines:
+        if match := re.match(r"arch = (sm_\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\.nv\.info\.(\S+_kernel\S*)", line):
+            name = short(match[1])
+        elif "EIATTR_MAX_THREADS" in line:
+            sizes = re.findall(r"0x([0-9a-f]+)", next(line for line in lines if "Value" in line))
+            found[architecture, name] = int(sizes[0], 16)
+    return found
 
 
 def page(rows: list[Code]) -> str:

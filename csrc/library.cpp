@@ -20,6 +20,12 @@
 #pragma weak aoti_torch_get_current_cuda_stream
 #endif
 
+// Why the current device cannot run the kernels, or null; asked once by extension.py.
+extern "C" __attribute__((visibility("default"))) const char* videoswin_why_not_started() {
+  const int number = videoswin::probe_device();
+  return number == 0 ? nullptr : videoswin::launch_error(number);
+}
+
 namespace {
 
 using namespace videoswin;

@@ -36,6 +36,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     order, _, seed = config.getoption("--emulated-order").partition(":")
     if order != "forward":
+        if extension.why_not("_emulated") is not None:
+            pytest.exit(f"--emulated-order: {extension.why_not('_emulated')}", returncode=5)
         control = extension.control()
         control.set_settings(**{**control.settings(), "order": order, "seed": int(seed or 0)})
 

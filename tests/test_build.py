@@ -85,7 +85,7 @@ def loaded(tree: Path, name: str) -> extension.Loaded:
 
 @pytest.fixture
 def thin(tmp_path):
-    tree = copy_tree(tmp_path / "tree")
+    tree = copy_tree(tmp_path / "a tree, as some are named")
     for path in (tree / "csrc").rglob("*.c*"):
         if path.suffix in (".cpp", ".cu"):
             path.write_text("")
@@ -256,6 +256,19 @@ def test_a_target_asked_for_by_name_stays_in_the_build_folder(thin, target):
     assert path.is_file()
     assert libraries(thin) == {}
     assert "--target must be one of ops, " in refusal(build(thin, "--target=all"), 1)
+
+
+def test_a_wheel_without_a_compiler_is_one_without_kernels(thin, tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    pip = (sys.executable, "-m", "pip", "wheel", ".", "--no-build-isolation", "--no-deps")
+    done = run(thin, *pip, "-v", "--wheel-dir", str(tmp_path), PATH=str(tools), CXX="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "there is no C++ compiler in PATH" in done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert f"{PACKAGE}/selection.py" in names
+    assert not [name for name in names if name.endswith(".so")]
 
 
 def test_a_wheel_holds_the_package_and_its_kernels_alone(thin, tmp_path):

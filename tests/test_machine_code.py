@@ -58,3 +58,13 @@ def test_the_page_has_a_line_for_every_kernel(rows):
     page = machine_code.PAGE.read_text(encoding="utf-8")
     written = set(re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE))
     assert written == {row.name for row in rows}, "python bench/machine_code.py --write"
+
+
+def test_a_block_may_have_as_many_threads_as_it_is_launched_with(rows):
+    """The emulator does not know of `__launch_bounds__`; a GPU refuses a larger block."""
+    found = machine_code.bounds()
+    assert set(found) == {(row.architecture, row.name) for row in rows}
+    for (_, name), threads in found.items():
+        layout = re.search(r"_kernel<(\d+), \d+, \d+>", name)
+        launched = {"column_sums_kernel": 512}.get(name, 256)
+        assert threads == (max(128, int(layout[1])) if layout else launched), name

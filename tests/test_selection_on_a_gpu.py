@@ -1,5 +1,6 @@
 """What is chosen for CUDA tensors, told to a machine that may have none."""
 
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -21,6 +22,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(compiler, "IS_INTERPRETED", False)
     monkeypatch.setattr(compiler, "why_not_started", lambda: None)
     monkeypatch.setattr(extension, "why_not", lambda library: f"{library} is not built")
+    monkeypatch.setattr(extension, "why_not_started", lambda index: None)
     return monkeypatch
 
 
@@ -147,6 +149,7 @@ def test_cuda_comes_second_and_needs_its_library(operator, dtype, gpu):
         (torch.cuda, "get_device_capability", lambda index=None: (7, 5), r"8\.0, this has 7\.5"),
         (torch.version, "hip", "6.4", "ROCm"),
         (extension, "why_not", lambda library: "it was built without CUDA", "without CUDA"),
+        (extension, "why_not_started", lambda index: "no code for it", "no code for it"),
     ],
 )
 def test_a_machine_that_cannot_run_cuda_says_why(owner, name, value, said, gpu):
@@ -162,3 +165,16 @@ def test_a_driver_that_does_not_start_is_a_reason_and_no_crash():
     if torch.cuda.is_available():
         pytest.skip("Triton starts here")
     assert compiler.why_not_started().startswith("Triton cannot start: ")
+
+
+def test_a_gpu_is_asked_once_whether_the_library_starts_on_it(monkeypatch):
+    if torch.cuda.is_available() or extension.build_facts("_ops").get("cuda") is None:
+        pytest.skip("takes CUDA kernels where there is no GPU")
+    devices = []
+    monkeypatch.setattr(torch.cuda, "device", lambda i: nullcontext(devices.append(i)))
+    monkeypatch.setattr(extension, "_started", {})
+    for _ in range(2):
+        said = extension.why_not_started(3)
+        # What CUDA's own runtime says where there is no driver.
+        assert said.startswith("the C++ library cannot start on it: CUDA driver version is insuff")
+    assert devices == [3]

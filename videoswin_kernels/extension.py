@@ -34,6 +34,7 @@ class Loaded(NamedTuple):
 
 
 _loaded: dict[str, Loaded] = {}
+_started: dict[int, str | None] = {}
 _lock = threading.RLock()
 
 
@@ -45,6 +46,22 @@ def why_not(name: str) -> str | None:
 def operators(name: str) -> Any:
     """The namespace of a library's operators in `torch.ops`, or None: `why_not` says why."""
     return getattr(torch.ops, NAMESPACES[name]) if why_not(name) is None else None
+
+
+def why_not_started(index: int | None) -> str | None:
+    """Why a GPU cannot run the kernels of `_ops`, which can be loaded, or None; asked once of each.
+
+    It has no machine code for that GPU, say, or the driver is older than the CUDA it is built with.
+    """
+    index = torch.cuda.current_device() if index is None else index
+    with _lock:
+        if index not in _started:
+            ask = ctypes.CDLL(str(_path("_ops"))).videoswin_why_not_started
+            ask.restype = ctypes.c_char_p
+            with torch.cuda.device(index):
+                said = ask()
+            _started[index] = said and f"the C++ library cannot start on it: {said.decode()}"
+        return _started[index]
 
 
 def build_facts(name: str) -> dict[str, Any]:

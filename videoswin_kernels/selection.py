@@ -60,6 +60,9 @@ COMPILED = ("cuda", "cpu", "triton")
 # What the arithmetic of compiled kernels takes; movement takes any dtype.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_WIDTHS = (16, 32, 64)
+# The widest rows that the CUDA C++ kernels normalise: where 8 divides a token's channels, and else.
+# csrc/cuda/operators.h has the same numbers.
+WIDEST, WIDEST_ODD = 8192, 5120
 TRITON_VERSION = (3, 6)
 CAPABILITY = (8, 0)
 NOT_INTERPRETED = (
@@ -84,6 +87,7 @@ class Call(NamedTuple):
         dtypes: those of the floating-point tensors (of all tensors for movement).
         head_width: channels of an attention head; None for an unknown one.
         has_dropout: whether attention weights are dropped.
+        is_too_wide: whether rows to be normalised are (`is_too_wide`).
     """
 
     operator: str
@@ -92,6 +96,7 @@ class Call(NamedTuple):
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     head_width: int | None = HEAD_WIDTHS[0]
     has_dropout: bool = False
+    is_too_wide: bool = False
 
 
 def check_word(where: str, kernels: object) -> str:
@@ -108,6 +113,11 @@ def known_width(width: int) -> int | None:
         if width == known:
             return known
     return None if torch.compiler.is_compiling() else width
+
+
+def is_too_wide(width: int, piece: int) -> bool:
+    """Whether a row of `width` channels, made of pieces, is wider than registers hold."""
+    return bool(width > (WIDEST if piece % 8 == 0 else WIDEST_ODD))
 
 
 def reason_against(kernels: str, call: Call) -> str | None:
@@ -160,10 +170,17 @@ def _against_device(kernels: str, call: Call) -> str | None:
 
 def _against_cuda(call: Call) -> str | None:
     reason = _against_device("CUDA C++", call)
-    if reason is not None or call.device_type == "meta":
+    if reason is not None:
         return reason
+    if call.is_too_wide:
+        return (
+            f"its kernels normalise at most {WIDEST} channels, {WIDEST_ODD} where 8 does not "
+            "divide those of a token"
+        )
+    if call.device_type == "meta":
+        return None
     if call.device_type == "cuda":
-        return extension.why_not("_ops")
+        return extension.why_not("_ops") or extension.why_not_started(call.device_index)
     reason = extension.why_not("_emulated")
     return reason and NOT_EMULATED.format(reason)
 
@@ -254,11 +271,13 @@ def resolve(
     dtypes: tuple[torch.dtype, ...],
     head_width: int | None = HEAD_WIDTHS[0],
     has_dropout: bool = False,
+    is_too_wide: bool = False,
 ) -> str:
     """The name of the kernel set that runs a call; arguments as in `Call`, raises as `choose`."""
     check_word(operator, kernels)
     chosen, refusal = _decide(
-        kernels, operator, device.type, device.index, dtypes, head_width, has_dropout
+        *(kernels, operator, device.type, device.index, dtypes),
+        *(head_width, has_dropout, is_too_wide),
     )
     if chosen is None:
         raise UnavailableError(refusal)

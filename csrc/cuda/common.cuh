@@ -26,7 +26,8 @@
 //   mma_m16n8k16<T>(d, a, b)                 d += a b by a warp, accumulated in float
 //   int launch(kernel, grid, threads, shared_bytes, stream, arguments...)
 //                                            0 or an error number; an empty grid launches nothing
-//   const char* launch_error(int)            what that number means
+//   int probe(kernel)                        0, or why the current device cannot run it
+//   const char* launch_error(int)            what those numbers mean
 namespace videoswin {
 
 __host__ __device__ inline float to_float(float x) { return x; }

@@ -149,6 +149,15 @@ int launch(void (*kernel)(P...), dim3 grid, dim3 threads, size_t shared_bytes, v
   return cudaGetLastError();
 }
 
+// 0 if the current device can run a kernel, else why not: no code for it, too old a driver.
+template <typename Kernel>
+int probe(Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  const int number = cudaFuncGetAttributes(&attributes, kernel);
+  cudaGetLastError();
+  return number;
+}
+
 }  // namespace native
 
 // Weak, not inline: what only declares it, and is compiled without CUDA, links with it, too.

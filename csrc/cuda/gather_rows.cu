@@ -56,6 +56,8 @@ int gather(void* out, const void* x, const int32_t* index, int64_t clips, int64_
 
 }  // namespace
 
+int probe_device() { return probe(gather_rows_kernel<uint4>); }
+
 int gather_rows(void* out, const void* x, const int32_t* index, int64_t clips, int64_t num_x,
                 int64_t num_out, int64_t row_bytes, void* stream) {
   // The widest unit that divides a row: rows then begin at a multiple of it.

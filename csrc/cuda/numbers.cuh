@@ -1,7 +1,8 @@
 // Numbers whose type is known when a kernel runs, in vectors of 8 or one by one.
 //
-// One kernel serves every mixture of types: a branch that all threads take alike costs little
-// beside the memory that it waits for, where a kernel for each mixture would make hundreds of them.
+// One kernel serves every mixture of types, by a branch that all threads take alike, where a kernel
+// for each would make hundreds of them. It has its price: with constant types the forward of
+// residual_norm takes 58 registers for 88, and so has 8 blocks on a multiprocessor for 5.
 #pragma once
 
 #include <cstring>

@@ -22,6 +22,9 @@ struct Output {
 // What a launch failed with.
 const char* launch_error(int number);
 
+// 0 if the current device can run the kernels below, else an error number.
+int probe_device();
+
 // out[clip, i] = x[clip, index[i]], zeros where index[i] is -1; num_x and num_out rows in a clip.
 int gather_rows(void* out, const void* x, const int32_t* index, int64_t clips, int64_t num_x,
                 int64_t num_out, int64_t row_bytes, void* stream);

@@ -49,6 +49,11 @@ int launch(void (*kernel)(P...), dim3 grid, dim3 threads, size_t shared_bytes, v
   return emulation::run({grid, threads, shared_bytes}, run_one, &call);
 }
 
+template <typename Kernel>
+int probe(Kernel*) {
+  return 0;
+}
+
 }  // namespace emulated
 
 const char* launch_error(int number);

@@ -3,7 +3,8 @@
 // Only now is it known which build this is.
 #include "intrinsics.h"
 
-namespace videoswin::VIDEOSWIN_BUILD {
+namespace videoswin {
+inline namespace VIDEOSWIN_BUILD {
 namespace {
 
 static_assert(sizeof(float16) == 2 && sizeof(bfloat16) == 2);
@@ -294,4 +295,5 @@ int run_intrinsic(int which, void* out, const void* in, void* stream) {
                 static_cast<uint32_t*>(out), static_cast<const uint32_t*>(in));
 }
 
-}  // namespace videoswin::VIDEOSWIN_BUILD
+}  // namespace VIDEOSWIN_BUILD
+}  // namespace videoswin

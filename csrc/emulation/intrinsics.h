@@ -4,7 +4,8 @@
 #error "VIDEOSWIN_BUILD says which: native or emulated"
 #endif
 
-namespace videoswin::VIDEOSWIN_BUILD {
+namespace videoswin {
+inline namespace VIDEOSWIN_BUILD {
 
 #define VIDEOSWIN_EXPORT __attribute__((visibility("default")))
 
@@ -20,4 +21,5 @@ VIDEOSWIN_EXPORT int run_intrinsic(int which, void* out, const void* in, void* s
 
 #undef VIDEOSWIN_EXPORT
 
-}  // namespace videoswin::VIDEOSWIN_BUILD
+}  // namespace VIDEOSWIN_BUILD
+}  // namespace videoswin

@@ -1,4 +1,4 @@
-"""What the launchers share: the library that runs where a tensor is, and what its rows can be."""
+"""What the launchers share: the library that runs where a tensor is, and memory for sums."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from torch import Tensor
 from videoswin_kernels import extension
 from videoswin_kernels.selection import CURE, UnavailableError
 
-# The widest rows that kernels hold in registers: where 8 divides a token's channels, and else.
-# csrc/cuda/operators.h has the same numbers.
-WIDEST = 8192
-WIDEST_ODD = 5120
-# Blocks of a first stage, about, or one a clip where clips are more; each has 32 rows or more.
-# Not taken from the card: a gradient is to be the same bits on every one.
+# Blocks of a first stage, about, or one a clip where clips are more. Not taken from the card: a
+# gradient is to be the same bits on every one.
 PARTS = 1024
-ROWS_OF_A_PART = 32
+# Rows of a block, at least; of a wider row a block has one at a time, and each waits for the last.
+ROWS_OF_A_PART, ROWS_IF_WIDE, WIDE = 32, 8, 1024
 
 
 def library(operator: str, x: Tensor) -> Any:
@@ -33,17 +30,8 @@ def library(operator: str, x: Tensor) -> Any:
     return extension.operators(name)
 
 
-def check_row(operator: str, width: int, piece: int) -> None:
-    """Raises UnavailableError where a row of `width` channels, made of pieces, is too wide."""
-    widest = WIDEST if piece % 8 == 0 else WIDEST_ODD
-    if width > widest:
-        raise UnavailableError(
-            f"{operator}: kernels='cuda' cannot run: its kernels normalise at most {WIDEST} "
-            f"channels, {WIDEST_ODD} where 8 does not divide those of a token, got {width}; {CURE}"
-        )
-
-
 def empty_partial(like: Tensor, rows: int, clips: int, channels: int) -> Tensor:
     """Memory for the sums of each block: float32 [parts, 2, channels], as many parts a clip."""
-    parts = max(1, min(-(-rows // ROWS_OF_A_PART), PARTS // clips))
+    least = ROWS_IF_WIDE if channels > WIDE else ROWS_OF_A_PART
+    parts = max(1, min(-(-rows // least), PARTS // clips))
     return torch.empty((clips * parts, 2, channels), dtype=torch.float32, device=like.device)

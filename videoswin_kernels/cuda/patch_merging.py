@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from videoswin_kernels.cuda._launch import check_row, empty_partial, library
+from videoswin_kernels.cuda._launch import empty_partial, library
 
 
 def launch_patch_merging(
@@ -19,7 +19,6 @@ def launch_patch_merging(
     dtype: torch.dtype,
     index: Tensor,
 ) -> None:
-    check_row("patch_merging", out.shape[-1], x.shape[-1])
     library("patch_merging", x).patch_merging(out, mean, rstd, x, index, weight, bias, eps)
 
 

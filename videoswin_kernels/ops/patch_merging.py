@@ -19,7 +19,7 @@ from videoswin_kernels.ops._checks import (
 )
 from videoswin_kernels.ops._declare import NAMESPACES, Operator, declare
 from videoswin_kernels.ops._vectors import merge_vector
-from videoswin_kernels.selection import resolve
+from videoswin_kernels.selection import is_too_wide, resolve
 
 
 def patch_merging(
@@ -59,7 +59,8 @@ def patch_merging(
     check_number(where, "eps", eps, 0)
     dtype = autocast_dtype(x) or x.dtype
     dtypes = (x.dtype, weight.dtype, bias.dtype, dtype)
-    chosen = resolve(where, kernels, x.device, dtypes)
+    too_wide = is_too_wide(4 * x.shape[-1], x.shape[-1])
+    chosen = resolve(where, kernels, x.device, dtypes, is_too_wide=too_wide)
     if chosen == "reference":
         with without_autocast(x):
             return reference.patch_merging(x, weight, bias, eps, dtype)

@@ -20,7 +20,7 @@ from videoswin_kernels.ops._checks import (
     without_autocast,
 )
 from videoswin_kernels.ops._declare import NAMESPACES, Operator, declare
-from videoswin_kernels.selection import resolve
+from videoswin_kernels.selection import is_too_wide, resolve
 
 
 def residual_norm(
@@ -84,7 +84,9 @@ def residual_norm(
     check_number(where, "eps", eps, 0)
     dtype = autocast_dtype(x) or x.dtype
     tensors = (x, branch, weight, bias, *([] if branch_scale is None else [branch_scale]))
-    chosen = resolve(where, kernels, x.device, (*(each.dtype for each in tensors), dtype))
+    dtypes = (*(each.dtype for each in tensors), dtype)
+    too_wide = is_too_wide(x.shape[-1], x.shape[-1])
+    chosen = resolve(where, kernels, x.device, dtypes, is_too_wide=too_wide)
     if chosen == "reference":
         with without_autocast(x):
             return reference.residual_norm(x, branch, weight, bias, eps, branch_scale, dtype)
