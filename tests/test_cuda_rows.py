@@ -224,8 +224,9 @@ def test_gradients_of_weights_are_summed_over_as_many_parts_as_there_are(channel
 @EVERY
 def test_rows_far_apart_are_gathered_and_scattered_in_every_clip(run, untouched):
     """Offsets past 2^31 in x and its gradient, through launchers that get a short index."""
-    clips, width = 2, 8
-    number = 2**31 // width // clips + 5
+    # The third clip begins beyond 2^31 numbers.
+    clips, width = 3, 8
+    number = 2**31 // width // 2 + 5
     rows = [number - 1, 3, -1, number // 2, 7, number - 2, number - 3, -1]
     kept = [row for row in rows if row >= 0]
     far = [
