@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 ROOT = Path(__file__).parents[1]
 # Beside the others they find little, and take longest.
-SLOW_ROWS = ("dynamic", "export_strict", "copies")
+SLOW_ROWS = ("export_strict", "copies")
 RUNS = [run for run in suite.runs("window_attention") if run.kernels != "reference"]
 EVERY = suite.every("window_attention", compiled=True)
 
