@@ -150,6 +150,86 @@ void run_patch_merging_backward(Tensor grad_x, Tensor grad_weight, Tensor grad_b
   check_launch("patch_merging_backward", number);
 }
 
+Attention attention_call(const Tensor& qkv, const Tensor& bias_table,
+                         const std::optional<Tensor>& pad_qkv, const Tensor& tables,
+                         const Tensor& source, const Tensor& region, const Tensor& mixed,
+                         const Tensor& code, int64_t num_heads, int64_t offset, int64_t reach,
+                         int64_t depth, double scale) {
+  const int64_t head_width = qkv.size(4) / (3 * num_heads);
+  STD_TORCH_CHECK(head_width == 16 || head_width == 32 || head_width == 64,
+                  "attention: kernels take heads of 16, 32 and 64 channels alone");
+  STD_TORCH_CHECK(tables.size(1) == table_stride(reach), "attention: tables of another size");
+  STD_TORCH_CHECK(!pad_qkv.has_value() || pad_qkv->scalar_type() == qkv.scalar_type(),
+                  "attention: pad_qkv is of another type than qkv");
+  Attention call;
+  call.qkv = qkv.const_data_ptr();
+  call.pad_qkv = pad_qkv.has_value() ? pad_qkv->const_data_ptr() : nullptr;
+  call.type = type_of(qkv);
+  call.bias_table = input(bias_table);
+  call.tables = mutable_floats(tables);
+  call.source = integers(source);
+  call.region = integers(region);
+  call.mixed = integers(mixed);
+  call.code = integers(code);
+  call.clips = qkv.size(0);
+  call.num_grid = qkv.size(1) * qkv.size(2) * qkv.size(3);
+  call.num_windows = mixed.numel();
+  call.tokens = code.numel();
+  call.num_heads = num_heads;
+  call.head_width = head_width;
+  call.offset = offset;
+  call.table_stride = table_stride(reach);
+  call.reach = static_cast<int>(reach);
+  call.depth = static_cast<int>(depth);
+  call.scale = static_cast<float>(scale);
+  return call;
+}
+
+void run_attention(Tensor out, Tensor log_sum_exp, Tensor tables, Tensor qkv, Tensor bias_table,
+                   std::optional<Tensor> pad_qkv, Tensor source, Tensor region, Tensor mixed,
+                   Tensor code, int64_t num_heads, int64_t offset, int64_t reach, int64_t depth,
+                   double scale) {
+  const Attention call = attention_call(qkv, bias_table, pad_qkv, tables, source, region, mixed,
+                                        code, num_heads, offset, reach, depth, scale);
+  const Place place(qkv);
+  const int number =
+      attention_forward(call, out.mutable_data_ptr(), mutable_floats(log_sum_exp), place.stream);
+  check_launch("attention", number);
+}
+
+void run_attention_backward(Tensor grad_qkv, Tensor grad_table, Tensor grad_pad, Tensor tables,
+                            Tensor row_sums, Tensor factors, Tensor grad_bias, Tensor partial,
+                            Tensor grad_out, Tensor qkv, Tensor bias_table,
+                            std::optional<Tensor> pad_qkv, Tensor out, Tensor log_sum_exp,
+                            Tensor source, Tensor region, Tensor mixed, Tensor code,
+                            Tensor inverse_code, int64_t num_heads, int64_t offset, int64_t reach,
+                            int64_t parts, double scale) {
+  const Attention call = attention_call(qkv, bias_table, pad_qkv, tables, source, region, mixed,
+                                        code, num_heads, offset, reach, 0, scale);
+  STD_TORCH_CHECK(grad_out.scalar_type() == qkv.scalar_type(),
+                  "attention_backward: grad_out is of another type than qkv");
+  const int64_t channels = num_heads * call.head_width;
+  AttentionGradients gradients;
+  gradients.grad_out = grad_out.const_data_ptr();
+  gradients.out = out.const_data_ptr();
+  gradients.log_sum_exp = floats(log_sum_exp);
+  gradients.row_sums = mutable_floats(row_sums);
+  gradients.factors = mutable_floats(factors);
+  gradients.grad_qkv = output(grad_qkv).data;
+  gradients.grad_table = mutable_floats(grad_table);
+  gradients.grad_bias = mutable_floats(grad_bias);
+  gradients.bias_parts = grad_bias.size(0);
+  gradients.table_rows = bias_table.size(0);
+  gradients.num_places = inverse_code.numel();
+  gradients.place = integers(inverse_code);
+  gradients.partial = mutable_floats(partial);
+  gradients.grad_pad_k = gradients.partial ? mutable_floats(grad_pad) + channels : nullptr;
+  gradients.grad_pad_v = gradients.partial ? mutable_floats(grad_pad) + 2 * channels : nullptr;
+  gradients.pad_parts = parts;
+  const Place place(qkv);
+  check_launch("attention_backward", attention_backward(call, gradients, place.stream));
+}
+
 }  // namespace
 
 #ifdef VIDEOSWIN_EMULATED
@@ -182,6 +262,16 @@ DEFINE(NAMESPACE, m) {
       "patch_merging_backward(Tensor(a!) grad_x, Tensor(b!) grad_weight, Tensor(c!) grad_bias, "
       "Tensor(d!) partial, Tensor grad, Tensor x, Tensor index, Tensor weight, Tensor mean, "
       "Tensor rstd) -> ()");
+  m.def(
+      "attention(Tensor(a!) out, Tensor(b!) log_sum_exp, Tensor(c!) tables, Tensor qkv, "
+      "Tensor bias_table, Tensor? pad_qkv, Tensor source, Tensor region, Tensor mixed, "
+      "Tensor code, int num_heads, int offset, int reach, int depth, float scale) -> ()");
+  m.def(
+      "attention_backward(Tensor(a!) grad_qkv, Tensor(b!) grad_table, Tensor(c!) grad_pad, "
+      "Tensor(d!) tables, Tensor(e!) row_sums, Tensor(f!) factors, Tensor(g!) grad_bias, "
+      "Tensor(h!) partial, Tensor grad_out, Tensor qkv, Tensor bias_table, Tensor? pad_qkv, "
+      "Tensor out, Tensor log_sum_exp, Tensor source, Tensor region, Tensor mixed, Tensor code, "
+      "Tensor inverse_code, int num_heads, int offset, int reach, int parts, float scale) -> ()");
 }
 
 IMPLEMENT(NAMESPACE, DEVICE, m) {
@@ -190,6 +280,8 @@ IMPLEMENT(NAMESPACE, DEVICE, m) {
   m.impl("residual_norm_backward", TORCH_BOX(&run_residual_norm_backward));
   m.impl("patch_merging", TORCH_BOX(&run_patch_merging));
   m.impl("patch_merging_backward", TORCH_BOX(&run_patch_merging_backward));
+  m.impl("attention", TORCH_BOX(&run_attention));
+  m.impl("attention_backward", TORCH_BOX(&run_attention_backward));
 }
 
 #endif

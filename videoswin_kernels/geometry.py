@@ -143,6 +143,14 @@ class WindowGeometry:
     offset: int
     place: np.ndarray
 
+    @property
+    def canonical_depth(self) -> int:
+        """Frames of a window that kernels are specialised for, 0 where it is none.
+
+        It has 8 or 16 frames of 7 x 7 tokens, the depth innermost, in a table for 7 x 7.
+        """
+        return next((d for d in (8, 16) if np.array_equal(self.code, _canonical_code(d))), 0)
+
     @classmethod
     def build(
         cls, grid: Triple, window: Triple, shift: Triple, order: str = "dhw"
@@ -197,6 +205,12 @@ class WindowGeometry:
             offset=offset,
             place=_frozen(place),
         )
+
+
+def _canonical_code(depth: int) -> np.ndarray:
+    """`code` of a window of `depth` frames of 7 x 7 tokens, the depth innermost."""
+    h, w, d = np.ogrid[:7, :7, :depth]
+    return (d * 169 + h * 13 + w).reshape(-1)
 
 
 def _bias_code(window: Triple, configured: Triple, order: str) -> tuple[np.ndarray, int]:

@@ -48,12 +48,12 @@ class Choice(NamedTuple):
 
 # What runs nowhere, in words that end a sentence.
 NO_CPU = "this version has no C++ kernels for the CPU"
-NO_CUDA_ATTENTION = "this version has no CUDA C++ kernels of attention"
 
 # Order of preference for each device type and operator; `reference` is always the last.
 _CUDA = (Entry("triton"), Entry("cuda"), Entry("reference"))
+_CUDA_ATTENTION = (Entry("cuda"), Entry("triton"), Entry("reference"))
 TABLE = {
-    "cuda": dict.fromkeys(OPERATORS, _CUDA),
+    "cuda": dict.fromkeys(OPERATORS, _CUDA) | {"window_attention": _CUDA_ATTENTION},
     "cpu": dict.fromkeys(OPERATORS, (Entry("reference"),)),
 }
 COMPILED = ("cuda", "cpu", "triton")
@@ -129,8 +129,6 @@ def reason_against(kernels: str, call: Call) -> str | None:
         return None
     if kernels == "cpu":
         return NO_CPU
-    if kernels == "cuda" and call.operator == "window_attention":
-        return NO_CUDA_ATTENTION
     return _against_arithmetic(call) or {"triton": _against_triton, "cuda": _against_cuda}[kernels](
         call
     )

@@ -29,6 +29,11 @@ int probe_device();
 int gather_rows(void* out, const void* x, const int32_t* index, int64_t clips, int64_t num_x,
                 int64_t num_out, int64_t row_bytes, void* stream);
 
+// A stage of gradients below: sums partial [parts, 2, width] over its parts, in a fixed order, into
+// two vectors [width].
+int column_sums(float* first, float* second, const float* partial, int64_t parts, int64_t width,
+                void* stream);
+
 // The most channels of a row that the kernels below hold in registers: where 8 divides the
 // channels of a token, and else.
 constexpr int64_t WIDEST = 8192;
@@ -57,5 +62,52 @@ int patch_merging_backward(Output grad_x, float* grad_weight, float* grad_bias, 
                            int64_t parts, Input grad, Input x, const int32_t* index, Input weight,
                            const float* mean, const float* rstd, int64_t clips, int64_t tokens,
                            int64_t rows, int64_t channels, void* stream);
+
+// A call of window attention. Windows are what `source` says; the gradients take the same call.
+struct Attention {
+  const void* qkv;              // [clips, num_grid, 3, num_heads, head_width]
+  const void* pad_qkv;          // [3, num_heads, head_width], or null: zeros
+  Type type;                    // of both, and of what is written beside float32
+  Input bias_table;             // [rows, num_heads]
+  float* tables;                // a workspace: float32 [num_heads, table_stride]
+  const int32_t* source;        // [num_windows, tokens]: a token of the clip, -1 a pad
+  const int32_t* region;        // [num_windows, tokens]
+  const int32_t* mixed;         // [num_windows]
+  const int32_t* code;          // [tokens]: row of the table = code[query] - code[key] + offset
+  int64_t clips, num_grid, num_windows, tokens, num_heads, head_width;
+  int64_t offset, table_stride;
+  int reach;                    // the largest code: the table is read from offset - reach on
+  int depth;                    // of a canonical window: see attention_canonical.cu; else 0
+  float scale;
+};
+
+// Numbers of a head's table, from the first that a call can read, in whole vectors.
+constexpr int64_t table_stride(int64_t reach) { return (2 * reach + 1 + 3) / 4 * 4; }
+
+// out: [clips, num_grid, num_heads, head_width], log_sum_exp: [clips, num_heads, num_grid].
+int attention_forward(const Attention& call, void* out, float* log_sum_exp, void* stream);
+
+// The same by the generic kernel, whatever the window.
+int attention_generic(const Attention& call, void* out, float* log_sum_exp, void* stream);
+
+// What the gradients of attention are computed from, and into; null: not asked for.
+struct AttentionGradients {
+  const void *grad_out, *out;   // as `out` of the forward
+  const float* log_sum_exp;
+  float *row_sums, *factors;    // workspaces: float32, as log_sum_exp
+  void* grad_qkv;               // as qkv
+  float* grad_table;            // [rows, num_heads]
+  float* grad_bias;             // a workspace: [parts of it, num_heads, tokens, tokens]
+  int64_t bias_parts, table_rows, num_places;
+  const int32_t* place;         // [num_places]: inverse of code, -1 where there is none
+  float *grad_pad_k, *grad_pad_v;  // [num_heads, head_width]
+  float* partial;               // a workspace: [pad_parts * key_tiles, 2, num_heads * head_width]
+  int64_t pad_parts;            // the key pass goes through as many parts of all windows
+};
+
+int attention_backward(const Attention& call, const AttentionGradients& gradients, void* stream);
+
+// Tiles of keys of a window, in the backward pass.
+int64_t attention_key_tiles(int64_t tokens);
 
 }  // namespace videoswin

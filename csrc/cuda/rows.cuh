@@ -234,8 +234,4 @@ size_t backward_shared(int64_t width) {
   return sizeof(float) * static_cast<size_t>(sums > Group<L>::SCRATCH ? sums : Group<L>::SCRATCH);
 }
 
-// Sums partial [parts, 2, width] over its parts, in a fixed order, into two vectors [width].
-int column_sums(float* first, float* second, const float* partial, int64_t parts, int64_t width,
-                void* stream);
-
 }  // namespace videoswin

@@ -32,13 +32,19 @@ class WindowVectors(NamedTuple):
     tokens_per_window: int
     has_padding: bool
     has_mask: bool
+    canonical_depth: int
 
 
 _held: dict[tuple, WindowVectors | Tensor] = {}
 
 
 def window_vectors(
-    operator: str, grid: Triple, window: Triple, shift: Triple, device: torch.device
+    operator: str,
+    grid: Triple,
+    window: Triple,
+    shift: Triple,
+    device: torch.device,
+    order: str = "dhw",
 ) -> WindowVectors:
     """The vectors of a token grid under a configured window and shift, on `device`.
 
@@ -47,7 +53,7 @@ def window_vectors(
     """
 
     def build() -> WindowVectors:
-        geometry = WindowGeometry.build(grid, window, shift)
+        geometry = WindowGeometry.build(grid, window, shift, order)
         names = WindowVectors._fields[:6]
         return WindowVectors(
             *(_copied(getattr(geometry, name), device) for name in names),
@@ -56,9 +62,21 @@ def window_vectors(
             geometry.tokens_per_window,
             has_padding=geometry.padded != geometry.grid,
             has_mask=bool(geometry.mixed.any()),
+            canonical_depth=geometry.canonical_depth,
         )
 
-    return _lookup(operator, "window", (grid, window, shift), device, build)
+    return _lookup(operator, order, (grid, window, shift), device, build)
+
+
+def attention_vectors(
+    operator: str, grid: Triple, window: Triple, shift: Triple, device: torch.device
+) -> WindowVectors:
+    """`window_vectors` with the places of a window in the order that attention has them.
+
+    Softmax does not care, and what comes out goes back by the vector that it came by. With the
+    depth innermost eight neighbours of a window as deep have codes that follow each other.
+    """
+    return window_vectors(operator, grid, window, shift, device, "hwd")
 
 
 def shift_vector(operator: str, grid: Triple, shift: Triple, device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ from videoswin_kernels.ops._checks import (
     without_autocast,
 )
 from videoswin_kernels.ops._declare import NAMESPACES, Operator, declare
-from videoswin_kernels.ops._vectors import window_vectors
+from videoswin_kernels.ops._vectors import attention_vectors
 from videoswin_kernels.selection import known_width, resolve
 
 
@@ -215,6 +215,16 @@ def _grads(
     )
 
 
+def give_to_values(
+    grad_qkv: Tensor, grad_table: Tensor, grad_pad: Tensor, grad_out: Tensor
+) -> None:
+    """The gradients where a token is alone in its window: its weight is 1, whatever its score."""
+    for grad in (grad_qkv, grad_table, grad_pad):
+        grad.zero_()
+    if grad_qkv.numel():
+        grad_qkv[..., -grad_out.shape[-1] :] = grad_out
+
+
 def _score_products(qkv: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> int:
     """Multiply-adds of a product such as q k^T for qkv of this shape: B * M * heads * N * N * E."""
     batch, *grid, packed = qkv
@@ -229,7 +239,7 @@ declare(
         file="attention",
         outputs=_outputs,
         vectors=lambda qkv, _table, _pad, window, shift, *_: (
-            window_vectors,
+            attention_vectors,
             qkv.shape[1:4],
             window,
             shift,
@@ -238,7 +248,6 @@ declare(
         gradient=_gradient,
         # q k^T and p v.
         flops=lambda qkv, _table, _pad, window, shift, *_: 4 * _score_products(qkv, window, shift),
-        kernel_sets=("triton",),
     )
 )
 declare(
@@ -250,7 +259,7 @@ declare(
         file="attention_backward",
         outputs=_grads,
         vectors=lambda _grad, qkv, _table, _pad, _out, _lse, window, shift, *_: (
-            window_vectors,
+            attention_vectors,
             qkv.shape[1:4],
             window,
             shift,
@@ -259,6 +268,5 @@ declare(
         flops=lambda _grad, qkv, _table, _pad, _out, _lse, window, shift, *_: (
             10 * _score_products(qkv, window, shift)
         ),
-        kernel_sets=("triton",),
     )
 )

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from videoswin_kernels.ops._vectors import WindowVectors
+from videoswin_kernels.ops.attention import give_to_values
 from videoswin_kernels.triton._compiler import architecture, blocks, dot_precision, launch
 from videoswin_kernels.triton.attention import Configuration, configuration
 from videoswin_kernels.triton.attention_tiles import (
@@ -343,13 +344,3 @@ def launch_window_attention_backward(
         options |= by_pair.options()
         launch(bias_gradient_kernel, grid, *read, grad_bias, *sizes, scale, **options)
         gather_table_gradient(grad_table, grad_bias, vectors)
-
-
-def give_to_values(
-    grad_qkv: Tensor, grad_table: Tensor, grad_pad: Tensor, grad_out: Tensor
-) -> None:
-    """The gradients where a token is alone in its window: its weight is 1, whatever its score."""
-    for grad in (grad_qkv, grad_table, grad_pad):
-        grad.zero_()
-    if grad_qkv.numel():
-        grad_qkv[..., -grad_out.shape[-1] :] = grad_out

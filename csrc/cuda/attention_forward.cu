@@ -1,0 +1,140 @@
+// A block owns 64 queries of a window and a head, and goes through the keys tile by tile.
+#include "attention.cuh"
+
+namespace videoswin {
+namespace {
+
+template <typename T, int E>
+struct Forward {
+  static constexpr int KEYS = std::is_same_v<T, float> ? 32 : 64, TILES = KEYS / 8;
+  struct alignas(16) Stage {
+    unsigned char k[KEYS * E * sizeof(T)], v[KEYS * E * sizeof(T)];
+    Keys<KEYS> keys;
+  };
+  struct alignas(16) Shared {
+    unsigned char q[MOST_WARPS * 16 * E * sizeof(T)];
+    Stage stage[2];
+  };
+};
+
+template <typename T, int E>
+__global__ void __launch_bounds__(MOST_WARPS * 32, 1)
+    attention_forward_kernel(Attention a, T* __restrict__ out, float* __restrict__ log_sum_exp,
+                             int bias_numbers) {
+  using F = Forward<T, E>;
+  auto* const shared = dynamic_shared<typename F::Shared>();
+  const int queries = blockDim.x / 2, tokens = static_cast<int>(a.tokens);
+  const unsigned tiles = (tokens + queries - 1) / queries;
+  const unsigned heads = static_cast<unsigned>(a.num_heads);
+  // Heads follow each other, so that neighbours read the other parts of the same lines.
+  const int head = blockIdx.x % heads;
+  const int first = blockIdx.x / heads % tiles * queries;
+  const Window<T> window(a, head, blockIdx.x / heads / tiles);
+  const Bias bias(a, head, shared + 1, bias_numbers);
+
+  const Rows<T, E> q_rows{shared->q};
+  window.rows(0).gather(q_rows, window.source, first, queries, tokens);
+  const auto load = [&](int start) {
+    auto& stage = shared->stage[start / F::KEYS % 2];
+    if (start < tokens) {
+      window.rows(1).gather(Rows<T, E>{stage.k}, window.source, start, F::KEYS, tokens);
+      window.rows(2).gather(Rows<T, E>{stage.v}, window.source, start, F::KEYS, tokens);
+      stage.keys.load(a, window, start);
+    }
+    copy_async_commit();
+  };
+  load(0);
+
+  int token[2], code[2], region[2];
+  for (int i = 0; i < 2; ++i) {
+    const int place = first + warp_row() + lane_group() + 8 * i;
+    token[i] = window.token(place);
+    code[i] = a.code[window.inside(place)];
+    region[i] = window.region[window.inside(place)];
+  }
+  Left<T, E> q = {};
+  // In units of log 2: what weights are relative to, and their sum.
+  float level[2] = {-INFINITY, -INFINITY}, total[2] = {};
+  float result[E / 8][4] = {};
+  for (int start = 0; start < tokens; start += F::KEYS) {
+    load(start + F::KEYS);
+    copy_async_wait<1>();
+    auto& stage = shared->stage[start / F::KEYS % 2];
+    bias.fill(
+        queries, F::KEYS, [&](int i) { return a.code[window.inside(first + i)]; },
+        [&](int j) { return a.reach - a.code[window.inside(start + j)]; });
+    __syncthreads();
+    if (start == 0) q.load(q_rows, warp_row());
+
+    float weight[F::TILES][4] = {};
+    multiply_rows(weight, q, Rows<T, E>{stage.k});
+    finish_scores(weight, a.scale, bias, code, region, stage.keys.code, stage.keys.region,
+                  window.is_mixed);
+    cut_scores(weight, tokens - start);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float highest = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < F::TILES; ++n) {
+        highest = max(highest, max(weight[n][2 * half], weight[n][2 * half + 1]));
+      }
+      const float before = level[half];
+      level[half] = max(before, row_max(highest) * LOG2_E);
+      // A tile may hold nothing but scores of -inf, and -inf - -inf is not a number.
+      const float zero = level[half] == -INFINITY ? 0 : level[half];
+      float sum = 0;
+#pragma unroll
+      for (int n = 0; n < F::TILES; ++n) {
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          weight[n][i] = exp2_approx(fmaf(weight[n][i], LOG2_E, -zero));
+          sum += weight[n][i];
+        }
+      }
+      const float fading = exp2_approx(before - zero);
+      total[half] = total[half] * fading + sum;
+#pragma unroll
+      for (int c = 0; c < E / 8; ++c) {
+        result[c][2 * half] *= fading;
+        result[c][2 * half + 1] *= fading;
+      }
+    }
+    multiply_weights(result, weight, Rows<T, E>{stage.v});
+    // The next stage but one goes where this one is.
+    __syncthreads();
+  }
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float sum = row_sum(total[half]);
+    if (token[half] < 0) continue;
+    T* const to = out + window.first + token[half] * window.width + 2 * lane_pair();
+#pragma unroll
+    for (int c = 0; c < E / 8; ++c) {
+      store_pair(to + c * 8, result[c][2 * half] / sum, result[c][2 * half + 1] / sum);
+    }
+    if (lane_pair() == 0) {
+      log_sum_exp[window.row + token[half]] = (level[half] + log2f(sum)) * LN_2;
+    }
+  }
+}
+
+}  // namespace
+
+int attention_generic(const Attention& call, void* out, float* log_sum_exp, void* stream) {
+  const int failed = spread_tables(call, 1, stream);
+  if (failed) return failed;
+  const int64_t warps = warps_of(call.tokens);
+  const int64_t blocks =
+      call.clips * call.num_windows * tiles_of(call.tokens, 16 * warps) * call.num_heads;
+  return with_instance(call.type, call.head_width, [&](auto number, auto width) {
+    using T = decltype(number);
+    using F = Forward<T, width()>;
+    const int64_t numbers = Bias::numbers(call, sizeof(typename F::Shared), 16 * warps * F::KEYS);
+    return launch(attention_forward_kernel<T, width()>, grid_of(blocks), dim3(32 * warps),
+                  sizeof(typename F::Shared) + 4 * numbers, stream, call, static_cast<T*>(out),
+                  log_sum_exp, static_cast<int>(numbers));
+  });
+}
+
+}  // namespace videoswin
