@@ -244,9 +244,7 @@ def test_the_gradient_of_pads_is_for_keys_and_values_and_zero_without_pads(case,
     is_seen = any(
         {number for token, number in zip(places, numbers, strict=True) if token is None}
         & {number for token, number in zip(places, numbers, strict=True) if token is not None}
-        for places, numbers in zip(
-            loops.windows(*case), loops.regions(*case).tolist(), strict=True
-        )
+        for places, numbers in zip(loops.windows(*case), loops.regions(*case).tolist(), strict=True)
     )
     is_normal = grad[32:].abs() >= torch.finfo(torch.float32).tiny
     assert torch.equal(is_normal, torch.full((64,), is_seen))

@@ -15,9 +15,9 @@ struct Window {
   int head, tokens;
   const int32_t *source, *region;
   bool is_mixed;
-  int64_t row;         // of this clip and head in log_sum_exp
+  int64_t row;           // of this clip and head in log_sum_exp
   int64_t first, width;  // numbers before the clip's first of this head in `out`; of a token there
-  const T *qkv, *pad;  // of this clip and head; of this head
+  const T *qkv, *pad;    // of this clip and head; of this head
 
   __device__ __forceinline__ Window(const Attention& a, int head, unsigned window_of_all)
       : head(head), tokens(static_cast<int>(a.tokens)) {

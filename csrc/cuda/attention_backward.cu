@@ -106,9 +106,8 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1)
         for (int piece = lane_pair(); piece < Rows<T, E>::PIECES; piece += 4) {
           if (token[i] < 0) continue;
           const T* const from = out + token[i] * window.width + piece * (16 / sizeof(T));
-          lowered[i] +=
-              piece_product<T>(*reinterpret_cast<const uint4*>(from),
-                               *reinterpret_cast<const uint4*>(grad_rows.at(row, piece)));
+          lowered[i] += piece_product<T>(*reinterpret_cast<const uint4*>(from),
+                                         *reinterpret_cast<const uint4*>(grad_rows.at(row, piece)));
         }
         lowered[i] = row_sum(lowered[i]);
       }
@@ -183,8 +182,7 @@ struct KeyPass {
 // `steps` windows, one after the other, and leaves the sum over their pads.
 template <typename T, int E>
 __global__ void __launch_bounds__(MOST_WARPS * 32, 1)
-    key_value_gradient_kernel(Attention a, AttentionGradients g, unsigned steps,
-                              int bias_numbers) {
+    key_value_gradient_kernel(Attention a, AttentionGradients g, unsigned steps, int bias_numbers) {
   using Pass = KeyPass<T, E>;
   constexpr int COLUMNS = Pass::COLUMNS, TILES = Pass::TILES;
   auto* const shared = dynamic_shared<typename Pass::Shared>();
@@ -287,7 +285,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1)
     for (int c = 0; c < E / 8; ++c) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const auto over_rows = [&](const float(&grad)[4]) {
+        const auto over_rows = [&](const float (&grad)[4]) {
           float sum = (is_pad[0] ? grad[i] : 0) + (is_pad[1] ? grad[2 + i] : 0);
 #pragma unroll
           for (int distance = 4; distance < 32; distance *= 2) {
@@ -342,10 +340,9 @@ int attention_backward(const Attention& call, const AttentionGradients& gradient
       const int64_t pairs = 16 * warps * COLUMNS<T, width()>;
       const int64_t numbers = Bias::numbers(call, sizeof(Shared), pairs);
       const int64_t parts = gradients.pad_parts;
-      return launch(key_value_gradient_kernel<T, width()>,
-                    grid_of(parts * tiles * call.num_heads), threads, sizeof(Shared) + 4 * numbers,
-                    stream, call, gradients, static_cast<unsigned>(tiles_of(windows, parts)),
-                    static_cast<int>(numbers));
+      return launch(key_value_gradient_kernel<T, width()>, grid_of(parts * tiles * call.num_heads),
+                    threads, sizeof(Shared) + 4 * numbers, stream, call, gradients,
+                    static_cast<unsigned>(tiles_of(windows, parts)), static_cast<int>(numbers));
     });
     if (failed) return failed;
   }

@@ -167,7 +167,7 @@ __device__ __forceinline__ void multiply_weights(float (&d)[E / 8][4],
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int n = 0; n < TILES; n += 2) {
-    const float(&left)[4] = weights[n], (&right)[4] = weights[n + 1];
+    const float (&left)[4] = weights[n], (&right)[4] = weights[n + 1];
     const uint32_t a[4] = {pack<T>(left[0], left[1]), pack<T>(left[2], left[3]),
                            pack<T>(right[0], right[1]), pack<T>(right[2], right[3])};
 #pragma unroll

@@ -17,6 +17,7 @@
 //   T round_to<T>(float)                     to nearest even; past the largest float16 is infinity
 //   uint32_t pack<T>(float low, float high)  two rounded numbers in one register
 //   float exp2_approx(float)                 2^x within 2^-22; subnormals are 0, given and returned
+//   unsigned opaque(unsigned)                what it is given, computed anew in every turn of a loop
 //   T* dynamic_shared<T>()                   the block's shared memory, aligned to 1024 bytes
 //   copy_async_16(shared, global[, valid])   16 bytes to shared memory, zeros unless valid
 //   copy_async_commit()                      closes a group of copies
@@ -26,6 +27,7 @@
 //   mma_m16n8k16<T>(d, a, b)                 d += a b by a warp, accumulated in float
 //   int launch(kernel, grid, threads, shared_bytes, stream, arguments...)
 //                                            0 or an error number; an empty grid launches nothing
+//   size_t shared_limit()                    bytes that a block of the current device can ask for
 //   int probe(kernel)                        0, or why the current device cannot run it
 //   const char* launch_error(int)            what those numbers mean
 namespace videoswin {

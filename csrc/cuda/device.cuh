@@ -55,6 +55,11 @@ __device__ inline float exp2_approx(float x) {
   return power;
 }
 
+__device__ inline unsigned opaque(unsigned x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 template <typename T>
 __device__ T* dynamic_shared() {
   extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
@@ -147,6 +152,14 @@ int launch(void (*kernel)(P...), dim3 grid, dim3 threads, size_t shared_bytes, v
   }
   kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return cudaGetLastError();
+}
+
+// Bytes of shared memory that a block of the current device can ask for.
+inline size_t shared_limit() {
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
 }
 
 // 0 if the current device can run a kernel, else why not: no code for it, too old a driver.

@@ -65,19 +65,19 @@ int patch_merging_backward(Output grad_x, float* grad_weight, float* grad_bias, 
 
 // A call of window attention. Windows are what `source` says; the gradients take the same call.
 struct Attention {
-  const void* qkv;              // [clips, num_grid, 3, num_heads, head_width]
-  const void* pad_qkv;          // [3, num_heads, head_width], or null: zeros
-  Type type;                    // of both, and of what is written beside float32
-  Input bias_table;             // [rows, num_heads]
-  float* tables;                // a workspace: float32 [num_heads, table_stride]
-  const int32_t* source;        // [num_windows, tokens]: a token of the clip, -1 a pad
-  const int32_t* region;        // [num_windows, tokens]
-  const int32_t* mixed;         // [num_windows]
-  const int32_t* code;          // [tokens]: row of the table = code[query] - code[key] + offset
+  const void* qkv;        // [clips, num_grid, 3, num_heads, head_width]
+  const void* pad_qkv;    // [3, num_heads, head_width], or null: zeros
+  Type type;              // of both, and of what is written beside float32
+  Input bias_table;       // [rows, num_heads]
+  float* tables;          // a workspace: float32 [num_heads, table_stride]
+  const int32_t* source;  // [num_windows, tokens]: a token of the clip, -1 a pad
+  const int32_t* region;  // [num_windows, tokens]
+  const int32_t* mixed;   // [num_windows]
+  const int32_t* code;    // [tokens]: row of the table = code[query] - code[key] + offset
   int64_t clips, num_grid, num_windows, tokens, num_heads, head_width;
   int64_t offset, table_stride;
-  int reach;                    // the largest code: the table is read from offset - reach on
-  int depth;                    // of a canonical window: see attention_canonical.cu; else 0
+  int reach;  // the largest code: the table is read from offset - reach on
+  int depth;  // of a canonical window: see attention_canonical.cu; else 0
   float scale;
 };
 
@@ -92,17 +92,17 @@ int attention_generic(const Attention& call, void* out, float* log_sum_exp, void
 
 // What the gradients of attention are computed from, and into; null: not asked for.
 struct AttentionGradients {
-  const void *grad_out, *out;   // as `out` of the forward
+  const void *grad_out, *out;  // as `out` of the forward
   const float* log_sum_exp;
-  float *row_sums, *factors;    // workspaces: float32, as log_sum_exp
-  void* grad_qkv;               // as qkv
-  float* grad_table;            // [rows, num_heads]
-  float* grad_bias;             // a workspace: [parts of it, num_heads, tokens, tokens]
+  float *row_sums, *factors;  // workspaces: float32, as log_sum_exp
+  void* grad_qkv;             // as qkv
+  float* grad_table;          // [rows, num_heads]
+  float* grad_bias;           // a workspace: [parts of it, num_heads, tokens, tokens]
   int64_t bias_parts, table_rows, num_places;
-  const int32_t* place;         // [num_places]: inverse of code, -1 where there is none
+  const int32_t* place;            // [num_places]: inverse of code, -1 where there is none
   float *grad_pad_k, *grad_pad_v;  // [num_heads, head_width]
-  float* partial;               // a workspace: [pad_parts * key_tiles, 2, num_heads * head_width]
-  int64_t pad_parts;            // the key pass goes through as many parts of all windows
+  float* partial;     // a workspace: [pad_parts * key_tiles, 2, num_heads * head_width]
+  int64_t pad_parts;  // the key pass goes through as many parts of all windows
 };
 
 int attention_backward(const Attention& call, const AttentionGradients& gradients, void* stream);

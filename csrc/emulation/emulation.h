@@ -30,6 +30,8 @@ inline const dim3& gridDim = videoswin::emulation::grid_size;
 namespace videoswin {
 inline namespace emulated {
 
+inline unsigned opaque(unsigned x) { return x; }
+
 template <typename T>
 T* dynamic_shared() {
   return reinterpret_cast<T*>(emulation::shared_memory);
@@ -48,6 +50,9 @@ int launch(void (*kernel)(P...), dim3 grid, dim3 threads, size_t shared_bytes, v
   };
   return emulation::run({grid, threads, shared_bytes}, run_one, &call);
 }
+
+// That of compute capability 9.0.
+inline size_t shared_limit() { return 227 << 10; }
 
 template <typename Kernel>
 int probe(Kernel*) {

@@ -15,9 +15,7 @@ def empty_tables(bias_table: Tensor, reach: int) -> Tensor:
     `reach` is the largest code of a place. Rows are whole vectors of 4.
     """
     rows = -(-(2 * reach + 1) // 4) * 4
-    return torch.empty(
-        (bias_table.shape[1], rows), dtype=torch.float32, device=bias_table.device
-    )
+    return torch.empty((bias_table.shape[1], rows), dtype=torch.float32, device=bias_table.device)
 
 
 def launch_window_attention(
