@@ -16,6 +16,16 @@ from videoswin_kernels.selection import UnavailableError
 
 # Kernel sets by name: each may refuse to run here.
 NAMED = ("triton", "cuda", "cpu")
+# Those that run on a CPU for tests alone.
+NOT_TIMED = {
+    "triton": (
+        "window_attention: kernels='triton' is interpreted here, as TRITON_INTERPRET is set, "
+        "and interpreted kernels are not timed"
+    ),
+    "cuda": (
+        "window_attention: kernels='cuda' is emulated here, and emulated kernels are not timed"
+    ),
+}
 JUDGED = ("qkv", "bias_table", "pad_qkv")
 
 Function = Callable[[], Tensor]
@@ -59,12 +69,9 @@ def refusal(provider: str, problem: Problem, needs_grad: bool) -> str | None:
             out.sum().backward()
     except UnavailableError as refused:
         return str(refused)
-    if provider == "triton" and not qkv.is_cuda:
-        return (
-            "window_attention: kernels='triton' is interpreted here, as TRITON_INTERPRET is set, "
-            "and interpreted kernels are not timed"
-        )
-    return None
+    if qkv.is_cuda:
+        return None
+    return NOT_TIMED.get(provider)
 
 
 def differentiate(

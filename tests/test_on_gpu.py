@@ -23,7 +23,7 @@ from bench.jobs import CUT_OFF, ENDED, TOO_LONG, Done, Job, run
 from bench.smoke import judge
 from bench.stages import Context, Part, Stage, scripts
 from videoswin_kernels import extension
-from videoswin_kernels.selection import NO_CUDA_ATTENTION, OPERATORS, UnavailableError
+from videoswin_kernels.selection import OPERATORS, UnavailableError
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "bench" / "on_gpu.sh"
@@ -385,12 +385,6 @@ def test_each_tool_watches_each_operator_of_each_kernel_set(tmp_path, monkeypatc
     assert uncached == {"memcheck", "initcheck"}
     for each in parts:
         words = " ".join(map(str, each.job.command))
-        if (each.key["kernels"], each.key["operator"]) == ("cuda", "window_attention"):
-            # A clean row of kernels that there are not would be a lie.
-            assert words == "true"
-            (row,) = each.rows(said(tmp_path, ""))
-            assert row == {"reason": NO_CUDA_ATTENTION}
-            continue
         asked = "--kernels {kernels} --operators {operator} --dtypes float16".format(**each.key)
         assert words.endswith(asked)
         assert f"--tool {each.key['tool']} " in words
@@ -455,8 +449,7 @@ def test_on_a_gpu_every_operator_that_a_kernel_set_has_must_run(device, monkeypa
     for kernels in smoke.KERNELS:
         for operator in OPERATORS:
             (row,) = smoke.ask(operator, kernels, "float32", options)
-            is_absent = (kernels, operator) == ("cuda", "window_attention")
-            kind = "failed" if device == "cuda" and not is_absent else "reason"
+            kind = "failed" if device == "cuda" else "reason"
             assert (row["kernels"], row["operator"]) == (kernels, operator)
             assert row.get(kind) == "a sentence"
             assert ("failed" in row) == (kind == "failed")

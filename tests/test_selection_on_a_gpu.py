@@ -125,21 +125,21 @@ def test_a_machine_that_cannot_run_triton_says_why(operator, owner, name, value,
 
 @OPERATOR
 @pytest.mark.parametrize("dtype", selection.DTYPES)
-def test_cuda_comes_second_and_needs_its_library(operator, dtype, gpu):
+def test_cuda_comes_first_for_attention_else_second_and_needs_its_library(operator, dtype, gpu):
     call = Call(operator, "cuda", 0, (dtype,))
-    assert "_ops is not built" in refusal(call, "cuda") or operator == "window_attention"
+    assert "_ops is not built" in refusal(call, "cuda")
+    assert choose(call, "fused").kernels == "triton"
     gpu.setattr(extension, "why_not", lambda library: None if library == "_ops" else "not here")
-    assert choose(call, "auto").kernels == "triton"
+    first = "cuda" if operator == "window_attention" else "triton"
+    for kernels in ("auto", "fused"):
+        assert choose(call, kernels).kernels == first
     gpu.setattr(selection, "version", absent)
     for kernels in ("auto", "fused", "cuda"):
-        if operator == "window_attention":
-            if kernels != "auto":
-                assert "no CUDA C++ kernels of attention" in refusal(call, kernels)
-            continue
         choice = choose(call, kernels)
         assert choice.kernels == "cuda"
         assert choice.row is None
-        assert kernels == "cuda" or "pip install triton" in choice.reason
+        is_second = kernels != "cuda" and first == "triton"
+        assert ("pip install triton" in choice.reason) == is_second
 
 
 @pytest.mark.parametrize(

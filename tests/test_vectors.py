@@ -7,7 +7,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from videoswin_kernels.ops import _vectors
-from videoswin_kernels.ops._vectors import merge_vector, shift_vector, warm, window_vectors
+from videoswin_kernels.ops._vectors import (
+    attention_vectors,
+    merge_vector,
+    shift_vector,
+    warm,
+    window_vectors,
+)
 
 CPU = torch.device("cpu")
 WINDOW, SHIFT = (2, 3, 3), (1, 1, 1)
@@ -43,6 +49,28 @@ def test_each_geometry_is_made_once_and_none_is_taken_for_another():
     assert shift_vector("a", (3, 5, 4), (4, -5, 4), CPU) is shift_vector(
         "a", (3, 5, 4), (1, 0, 0), CPU
     )
+
+
+def test_attention_has_the_depth_innermost_and_says_where_its_window_is_canonical():
+    grid, window, shift = (8, 9, 7), (8, 7, 7), (4, 3, 3)
+    rows = window_vectors("a", grid, window, shift, CPU).source.view(2, 8, 49)
+    vectors = attention_vectors("a", grid, window, shift, CPU)
+    assert torch.equal(vectors.source.view(2, 49, 8), rows.transpose(1, 2))
+    assert vectors.code.view(49, 8)[:, 1].sub(vectors.code.view(49, 8)[:, 0]).eq(169).all()
+    depths = {
+        ((8, 9, 7), (8, 7, 7)): 8,
+        ((8, 7, 7), (16, 7, 7)): 8,
+        ((17, 7, 7), (16, 7, 7)): 16,
+        # Too shallow, clamped in the width, of another table, of another size.
+        ((7, 7, 7), (8, 7, 7)): 0,
+        ((8, 7, 6), (8, 7, 7)): 0,
+        ((8, 7, 7), (8, 7, 9)): 0,
+        ((8, 7, 9), (8, 7, 9)): 0,
+        ((2, 2, 2), (2, 2, 2)): 0,
+    }
+    for (grid, window), depth in depths.items():
+        found = attention_vectors("a", grid, window, (0, 0, 0), CPU)
+        assert found.canonical_depth == depth, (grid, window)
 
 
 def test_a_bad_geometry_is_refused_as_everywhere():

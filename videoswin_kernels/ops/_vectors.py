@@ -65,7 +65,7 @@ def window_vectors(
             canonical_depth=geometry.canonical_depth,
         )
 
-    return _lookup(operator, order, (grid, window, shift), device, build)
+    return _lookup(operator, "window", (grid, window, shift, order), device, build)
 
 
 def attention_vectors(
@@ -105,7 +105,7 @@ def warm(lookup: Callable, operator: str, *axes: Sequence, device: torch.device)
 
 
 def _lookup(
-    operator: str, kind: str, axes: tuple[Sequence[int], ...], device: torch.device, build: Callable
+    operator: str, kind: str, axes: tuple[Sequence, ...], device: torch.device, build: Callable
 ) -> WindowVectors | Tensor:
     key = (kind, *map(tuple, axes), device)
     found = _held.get(key)
