@@ -161,6 +161,10 @@ Attention attention_call(const Tensor& qkv, const Tensor& bias_table,
   STD_TORCH_CHECK(tables.size(1) == table_stride(reach), "attention: tables of another size");
   STD_TORCH_CHECK(!pad_qkv.has_value() || pad_qkv->scalar_type() == qkv.scalar_type(),
                   "attention: pad_qkv is of another type than qkv");
+  // What of a canonical window a kernel takes for granted.
+  STD_TORCH_CHECK(depth == 0 || ((depth == 8 || depth == 16) && code.numel() == 49 * depth &&
+                                 reach == 169 * (depth - 1) + 84),
+                  "attention: no canonical window of this depth");
   Attention call;
   call.qkv = qkv.const_data_ptr();
   call.pad_qkv = pad_qkv.has_value() ? pad_qkv->const_data_ptr() : nullptr;
@@ -223,6 +227,8 @@ void run_attention_backward(Tensor grad_qkv, Tensor grad_table, Tensor grad_pad,
   gradients.num_places = inverse_code.numel();
   gradients.place = integers(inverse_code);
   gradients.partial = mutable_floats(partial);
+  STD_TORCH_CHECK(!gradients.partial || partial.size(0) == parts * attention_key_tiles(call.tokens),
+                  "attention_backward: partial sums of another number of blocks");
   gradients.grad_pad_k = gradients.partial ? mutable_floats(grad_pad) + channels : nullptr;
   gradients.grad_pad_v = gradients.partial ? mutable_floats(grad_pad) + 2 * channels : nullptr;
   gradients.pad_parts = parts;

@@ -5,6 +5,8 @@
 
 namespace videoswin {
 
+constexpr float HIGHEST = 3.402823466e38f;
+
 // Of a tile of scores in the backward passes: as many as registers hold with all else.
 template <typename T, int E>
 constexpr int COLUMNS = std::is_same_v<T, float> && E >= 32 ? 16 : 32;
@@ -19,10 +21,8 @@ struct Window {
   int64_t first, width;  // numbers before the clip's first of this head in `out`; of a token there
   const T *qkv, *pad;    // of this clip and head; of this head
 
-  __device__ __forceinline__ Window(const Attention& a, int head, unsigned window_of_all)
+  __device__ __forceinline__ Window(const Attention& a, int head, int64_t clip, int64_t window)
       : head(head), tokens(static_cast<int>(a.tokens)) {
-    const unsigned num_windows = static_cast<unsigned>(a.num_windows);
-    const int64_t clip = window_of_all / num_windows, window = window_of_all % num_windows;
     const int64_t channel = head * a.head_width;
     source = a.source + window * tokens;
     region = a.region + window * tokens;
@@ -33,6 +33,10 @@ struct Window {
     qkv = static_cast<const T*>(a.qkv) + 3 * clip * a.num_grid * width + channel;
     pad = a.pad_qkv ? static_cast<const T*>(a.pad_qkv) + channel : nullptr;
   }
+
+  __device__ __forceinline__ Window(const Attention& a, int head, unsigned window_of_all)
+      : Window(a, head, window_of_all / static_cast<unsigned>(a.num_windows),
+               window_of_all % static_cast<unsigned>(a.num_windows)) {}
 
   // -1: a pad, or no place of the window.
   __device__ __forceinline__ int token(int place) const {
@@ -51,9 +55,51 @@ struct Window {
   __device__ __forceinline__ TokenRows<T> rows_like_out(const void* tensor) const {
     return {static_cast<const T*>(tensor) + first, width, nullptr};
   }
+
+  // Begin to copy `count` places: keys and values, or queries and what came back to them.
+  template <int E>
+  __device__ __forceinline__ void gather_keys(Rows<T, E> k, Rows<T, E> v, int place,
+                                              int count) const {
+    gather(source, place, count, tokens, k, rows(1), v, rows(2));
+  }
+  template <int E>
+  __device__ __forceinline__ void gather_queries(Rows<T, E> q, Rows<T, E> grad,
+                                                 const void* grad_out, int place, int count) const {
+    gather(source, place, count, tokens, q, rows(0), grad, rows_like_out(grad_out));
+  }
 };
 
-// What is known of COUNT keys.
+// What a block is for: a head, rows of a window from `first` on, and what else it counts by. Heads
+// follow each other, so that neighbours read the other parts of the same lines.
+struct Block {
+  int head, first, rows;
+  unsigned rest, tiles;
+
+  __device__ __forceinline__ explicit Block(const Attention& a) : rows(blockDim.x / 2) {
+    const unsigned heads = static_cast<unsigned>(a.num_heads);
+    tiles = (static_cast<int>(a.tokens) + rows - 1) / rows;
+    head = blockIdx.x % heads;
+    first = blockIdx.x / heads % tiles * rows;
+    rest = blockIdx.x / heads / tiles;
+  }
+};
+
+// The two rows of a warp that are a thread's, g and g + 8. Codes are in bytes of the table.
+struct OwnRows {
+  int token[2], code[2], region[2];
+
+  template <typename T>
+  __device__ __forceinline__ OwnRows(const Attention& a, const Window<T>& window, int first) {
+    for (int i = 0; i < 2; ++i) {
+      const int place = first + warp_row() + lane_group() + 8 * i;
+      token[i] = window.token(place);
+      code[i] = 4 * a.code[window.inside(place)];
+      region[i] = window.region[window.inside(place)];
+    }
+  }
+};
+
+// What is known of COUNT keys, whose codes are those that are taken away.
 template <int COUNT>
 struct Keys {
   int code[COUNT], region[COUNT];
@@ -61,7 +107,7 @@ struct Keys {
   template <typename T>
   __device__ __forceinline__ void load(const Attention& a, const Window<T>& window, int first) {
     for (int i = threadIdx.x; i < COUNT; i += blockDim.x) {
-      code[i] = a.reach - a.code[window.inside(first + i)];
+      code[i] = 4 * (a.reach - a.code[window.inside(first + i)]);
       region[i] = window.region[window.inside(first + i)];
     }
   }
@@ -79,7 +125,7 @@ struct Queries {
                                        const Window<T>& window, int first, int count) {
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
       const int token = window.token(first + i);
-      code[i] = a.code[window.inside(first + i)];
+      code[i] = 4 * a.code[window.inside(first + i)];
       region[i] = window.region[window.inside(first + i)];
       level[i] = token < 0 ? INFINITY : g.log_sum_exp[window.row + token];
       row_sum[i] = token < 0 ? 0 : g.row_sums[window.row + token];
@@ -88,7 +134,7 @@ struct Queries {
   }
 };
 
-// The bias of a pair is table[row + column], two numbers that stand for its places. The table is
+// The bias of a pair is where two numbers that stand for its places lead together. The table is
 // that of a head, or, where that is too large, the biases of a tile, copied for each.
 struct Bias {
   float* shared;
@@ -130,16 +176,17 @@ __device__ __forceinline__ void finish_scores(float (&score)[TILES][4], float sc
                                               const int* column_region, bool is_mixed) {
   int row[2];
   for (int i = 0; i < 2; ++i) {
-    row[i] = bias.is_whole ? row_code[i] : (warp_row() + lane_group() + 8 * i) * 8 * TILES;
+    row[i] = bias.is_whole ? row_code[i] : (warp_row() + lane_group() + 8 * i) * 8 * TILES * 4;
   }
 #pragma unroll
   for (int n = 0; n < TILES; ++n) {
     const int at = n * 8 + 2 * lane_pair();
-    int2 column{at, at + 1};
+    int2 column{4 * at, 4 * at + 4};
     if (bias.is_whole) column = *reinterpret_cast<const int2*>(column_code + at);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float pair = bias.shared[row[i / 2] + (i % 2 ? column.y : column.x)];
+      const char* const bytes = reinterpret_cast<const char*>(bias.shared) + row[i / 2];
+      const float pair = *reinterpret_cast<const float*>(bytes + (i % 2 ? column.y : column.x));
       score[n][i] = fmaf(score[n][i], scale, pair);
     }
   }
@@ -152,6 +199,12 @@ __device__ __forceinline__ void finish_scores(float (&score)[TILES][4], float sc
       if (row_region[i / 2] != (i % 2 ? column.y : column.x)) score[n][i] += MASKED;
     }
   }
+}
+
+// 2^(score - level), both in natural units: first subtracted, so that of a level however large its
+// own score's weight is 1.
+__device__ __forceinline__ float weight_of(float score, float level) {
+  return exp2_approx((score - level) * LOG2_E);
 }
 
 // Of columns beyond the last one there are no scores.

@@ -25,13 +25,10 @@ __device__ __forceinline__ float piece_product(uint4 a, uint4 b) {
   return sum;
 }
 
-// 2^(score - level), both in natural units.
-__device__ __forceinline__ float weight_of(float score, float level) {
-  return exp2_approx((score - level) * LOG2_E);
-}
-
 template <typename T, int E>
 struct QueryPass {
+  // Blocks on a multiprocessor that registers are kept free for.
+  static constexpr int BLOCKS = !std::is_same_v<T, float> && E <= 32 ? 3 : 1;
   static constexpr int COLUMNS = videoswin::COLUMNS<T, E>, TILES = COLUMNS / 8;
   struct alignas(16) Stage {
     unsigned char k[COLUMNS * E * sizeof(T)], v[COLUMNS * E * sizeof(T)];
@@ -50,41 +47,33 @@ struct QueryPass {
 // not zero: that `rest` is taken away at the end. Likewise the log-sum-exp is rounded, and the
 // weights of a row do not quite sum to 1: factor[i] makes them.
 template <typename T, int E>
-__global__ void __launch_bounds__(MOST_WARPS * 32, 1)
+__global__ void __launch_bounds__(MOST_WARPS * 32, QueryPass<T, E>::BLOCKS)
     query_gradient_kernel(Attention a, AttentionGradients g, int bias_numbers) {
   using Pass = QueryPass<T, E>;
   constexpr int COLUMNS = Pass::COLUMNS, TILES = Pass::TILES;
   auto* const shared = dynamic_shared<typename Pass::Shared>();
-  const int queries = blockDim.x / 2, tokens = static_cast<int>(a.tokens);
-  const unsigned tiles = (tokens + queries - 1) / queries;
-  const unsigned heads = static_cast<unsigned>(a.num_heads);
-  const int head = blockIdx.x % heads;
-  const int first = blockIdx.x / heads % tiles * queries;
-  const Window<T> window(a, head, blockIdx.x / heads / tiles);
-  const Bias bias(a, head, shared + 1, bias_numbers);
+  const Block block(a);
+  const int first = block.first, queries = block.rows, tokens = static_cast<int>(a.tokens);
+  const Window<T> window(a, block.head, block.rest);
+  const Bias bias(a, block.head, shared + 1, bias_numbers);
 
   const Rows<T, E> q_rows{shared->q}, grad_rows{shared->grad};
-  window.rows(0).gather(q_rows, window.source, first, queries, tokens);
-  window.rows_like_out(g.grad_out).gather(grad_rows, window.source, first, queries, tokens);
+  window.gather_queries(q_rows, grad_rows, g.grad_out, first, queries);
   const auto load = [&](int start) {
     auto& stage = shared->stage[start / COLUMNS % 2];
     if (start < tokens) {
-      window.rows(1).gather(Rows<T, E>{stage.k}, window.source, start, COLUMNS, tokens);
-      window.rows(2).gather(Rows<T, E>{stage.v}, window.source, start, COLUMNS, tokens);
+      window.gather_keys(Rows<T, E>{stage.k}, Rows<T, E>{stage.v}, start, COLUMNS);
       stage.keys.load(a, window, start);
     }
     copy_async_commit();
   };
   load(0);
 
-  int token[2], code[2], region[2];
+  const OwnRows own(a, window, first);
   float level[2], lowered[2] = {};
   for (int i = 0; i < 2; ++i) {
-    const int place = first + warp_row() + lane_group() + 8 * i;
-    token[i] = window.token(place);
-    code[i] = a.code[window.inside(place)];
-    region[i] = window.region[window.inside(place)];
-    level[i] = token[i] < 0 ? INFINITY : g.log_sum_exp[window.row + token[i]];
+    const int token = own.token[i];
+    level[i] = token < 0 ? INFINITY : g.log_sum_exp[window.row + token];
   }
   Left<T, E> q = {}, grad = {};
   float total[2] = {}, rest[2] = {};
@@ -104,8 +93,8 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1)
         const T* const out = static_cast<const T*>(g.out) + window.first;
         const int row = warp_row() + lane_group() + 8 * i;
         for (int piece = lane_pair(); piece < Rows<T, E>::PIECES; piece += 4) {
-          if (token[i] < 0) continue;
-          const T* const from = out + token[i] * window.width + piece * (16 / sizeof(T));
+          if (own.token[i] < 0) continue;
+          const T* const from = out + own.token[i] * window.width + piece * (16 / sizeof(T));
           lowered[i] += piece_product<T>(*reinterpret_cast<const uint4*>(from),
                                          *reinterpret_cast<const uint4*>(grad_rows.at(row, piece)));
         }
@@ -116,7 +105,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1)
     float weight[TILES][4] = {}, grad_score[TILES][4] = {};
     multiply_rows(weight, q, Rows<T, E>{stage.k});
     multiply_rows(grad_score, grad, Rows<T, E>{stage.v});
-    finish_scores(weight, a.scale, bias, code, region, stage.keys.code, stage.keys.region,
+    finish_scores(weight, a.scale, bias, own.code, own.region, stage.keys.code, stage.keys.region,
                   window.is_mixed);
     cut_scores(weight, tokens - start);
     float weights[2] = {}, scores[2] = {};
@@ -143,27 +132,24 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1)
   for (int half = 0; half < 2; ++half) {
     const float factor = 1 / row_sum(total[half]);
     const float mean = row_sum(rest[half]) * factor;
-    if (token[half] < 0) continue;
-    if (lane_pair() == 0) {
-      g.factors[window.row + token[half]] = factor;
-      g.row_sums[window.row + token[half]] = lowered[half] + mean;
+    const int token = own.token[half];
+    if (token >= 0 && lane_pair() == 0) {
+      g.factors[window.row + token] = factor;
+      g.row_sums[window.row + token] = lowered[half] + mean;
     }
     if (!g.grad_qkv) continue;
-    T* const to = static_cast<T*>(g.grad_qkv) + (window.qkv - static_cast<const T*>(a.qkv)) +
-                  3 * token[half] * window.width + 2 * lane_pair();
 #pragma unroll
     for (int c = 0; c < E / 8; ++c) {
-      float grad[2];
-      for (int i = 0; i < 2; ++i) {
-        grad[i] = (grad_q[c][2 * half + i] - mean * mean_k[c][2 * half + i]) * (factor * a.scale);
-      }
-      store_pair(to + c * 8, grad[0], grad[1]);
+      for (int i = 2 * half; i < 2 * half + 2; ++i) grad_q[c][i] -= mean * mean_k[c][i];
     }
+    T* const to = static_cast<T*>(g.grad_qkv) + (window.qkv - static_cast<const T*>(a.qkv));
+    store_row<T, E>(to + token * (3 * window.width), token >= 0, grad_q, half, factor * a.scale);
   }
 }
 
 template <typename T, int E>
 struct KeyPass {
+  static constexpr int BLOCKS = !std::is_same_v<T, float> && E <= 32 ? 3 : 1;
   static constexpr int COLUMNS = videoswin::COLUMNS<T, E>, TILES = COLUMNS / 8;
   struct alignas(16) Stage {
     unsigned char q[COLUMNS * E * sizeof(T)], grad[COLUMNS * E * sizeof(T)];
@@ -181,46 +167,35 @@ struct KeyPass {
 // Scores stand transposed: what a key sums over queries is then a plain product. A block takes
 // `steps` windows, one after the other, and leaves the sum over their pads.
 template <typename T, int E>
-__global__ void __launch_bounds__(MOST_WARPS * 32, 1)
+__global__ void __launch_bounds__(MOST_WARPS * 32, KeyPass<T, E>::BLOCKS)
     key_value_gradient_kernel(Attention a, AttentionGradients g, unsigned steps, int bias_numbers) {
   using Pass = KeyPass<T, E>;
   constexpr int COLUMNS = Pass::COLUMNS, TILES = Pass::TILES;
   auto* const shared = dynamic_shared<typename Pass::Shared>();
-  const int keys = blockDim.x / 2, tokens = static_cast<int>(a.tokens);
-  const unsigned tiles = (tokens + keys - 1) / keys;
-  const unsigned heads = static_cast<unsigned>(a.num_heads);
-  const int head = blockIdx.x % heads;
-  const int first = blockIdx.x / heads % tiles * keys;
-  const unsigned part = blockIdx.x / heads / tiles;
+  const Block block(a);
+  const int first = block.first, keys = block.rows, tokens = static_cast<int>(a.tokens);
   const unsigned windows = static_cast<unsigned>(a.clips * a.num_windows);
-  const Bias bias(a, head, shared + 1, bias_numbers);
+  const Bias bias(a, block.head, shared + 1, bias_numbers);
   const Rows<T, E> k_rows{shared->k}, v_rows{shared->v};
   float* const pads = shared->pads[threadIdx.x / 32][0];
   for (int c = threadIdx.x % 32; c < 2 * E; c += 32) pads[c] = 0;
   __syncwarp();
 
-  for (unsigned step = 0; step < steps && part * steps + step < windows; ++step) {
-    const Window<T> window(a, head, part * steps + step);
-    window.rows(1).gather(k_rows, window.source, first, keys, tokens);
-    window.rows(2).gather(v_rows, window.source, first, keys, tokens);
+  for (unsigned step = 0; step < steps && block.rest * steps + step < windows; ++step) {
+    const Window<T> window(a, block.head, block.rest * steps + step);
+    window.gather_keys(k_rows, v_rows, first, keys);
     const auto load = [&](int start) {
       auto& stage = shared->stage[start / COLUMNS % 2];
       if (start < tokens) {
-        window.rows(0).gather(Rows<T, E>{stage.q}, window.source, start, COLUMNS, tokens);
-        window.rows_like_out(g.grad_out)
-            .gather(Rows<T, E>{stage.grad}, window.source, start, COLUMNS, tokens);
+        window.gather_queries(Rows<T, E>{stage.q}, Rows<T, E>{stage.grad}, g.grad_out, start,
+                              COLUMNS);
         stage.queries.load(a, g, window, start, COLUMNS);
       }
       copy_async_commit();
     };
     load(0);
-    int token[2], code[2], region[2];
-    for (int i = 0; i < 2; ++i) {
-      const int place = first + warp_row() + lane_group() + 8 * i;
-      token[i] = window.token(place);
-      code[i] = a.reach - a.code[window.inside(place)];
-      region[i] = window.region[window.inside(place)];
-    }
+    OwnRows own(a, window, first);
+    for (int& code : own.code) code = 4 * a.reach - code;
     Left<T, E> k = {}, v = {};
     float grad_k[E / 8][4] = {}, grad_v[E / 8][4] = {};
     for (int start = 0; start < tokens; start += COLUMNS) {
@@ -239,7 +214,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1)
       const auto& queries = stage.queries;
       float weight[TILES][4] = {}, grad_score[TILES][4] = {};
       multiply_rows(weight, k, q);
-      finish_scores(weight, a.scale, bias, code, region, queries.code, queries.region,
+      finish_scores(weight, a.scale, bias, own.code, own.region, queries.code, queries.region,
                     window.is_mixed);
 #pragma unroll
       for (int n = 0; n < TILES; ++n) {
@@ -268,17 +243,15 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1)
     }
 
     bool is_pad[2];
-    for (int half = 0; half < 2; ++half) {
-      const int place = first + warp_row() + lane_group() + 8 * half;
-      is_pad[half] = token[half] < 0 && place < tokens;
-      if (token[half] < 0 || !g.grad_qkv) continue;
-      T* const to = static_cast<T*>(g.grad_qkv) + (window.qkv - static_cast<const T*>(a.qkv)) +
-                    (3 * token[half] + 1) * window.width + 2 * lane_pair();
 #pragma unroll
-      for (int c = 0; c < E / 8; ++c) {
-        store_pair(to + c * 8, grad_k[c][2 * half] * a.scale, grad_k[c][2 * half + 1] * a.scale);
-        store_pair(to + window.width + c * 8, grad_v[c][2 * half], grad_v[c][2 * half + 1]);
-      }
+    for (int half = 0; half < 2; ++half) {
+      const int token = own.token[half];
+      is_pad[half] = token < 0 && first + warp_row() + lane_group() + 8 * half < tokens;
+      if (!g.grad_qkv) continue;
+      T* const to = static_cast<T*>(g.grad_qkv) + (window.qkv - static_cast<const T*>(a.qkv)) +
+                    token * (3 * window.width) + window.width;
+      store_row<T, E>(to, token >= 0, grad_k, half, a.scale);
+      store_row<T, E>(to + window.width, token >= 0, grad_v, half, 1);
     }
     if (!g.partial || !__any_sync(ALL_LANES, is_pad[0] || is_pad[1])) continue;
 #pragma unroll
@@ -304,12 +277,12 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1)
 
   if (!g.partial) return;
   __syncthreads();
-  const int64_t width = heads * E;
-  float* const to = g.partial + static_cast<int64_t>(part * tiles + first / keys) * 2 * width;
+  const int64_t width = a.num_heads * E, row = block.rest * block.tiles + first / keys;
+  float* const to = g.partial + row * 2 * width;
   for (int i = threadIdx.x; i < 2 * E; i += blockDim.x) {
     float sum = 0;
     for (int warp = 0; warp < keys / 16; ++warp) sum += shared->pads[warp][0][i];
-    to[i / E * width + head * E + i % E] = sum;
+    to[i / E * width + block.head * E + i % E] = sum;
   }
 }
 

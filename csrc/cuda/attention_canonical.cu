@@ -19,17 +19,17 @@ namespace {
 constexpr int E = 32;
 // Bytes of 8 keys, or of their values.
 constexpr int TILE = 8 * E * 2;
-// Tiles of keys in a step, which has the scores of all: 128 registers hold that many and the rest.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+// Tiles of keys in a step, which has the scores of all: of 4, registers do not hold the rest as
+// well.
 constexpr int STEP = 2;
-#else
-constexpr int STEP = 4;
-#endif
 // A level stays while no score passes it by more than this many powers of 2: weights may exceed 1,
 // and few tiles have all that was summed multiplied again.
 constexpr float SLACK = 8;
-// A level where there was no score yet: no number that a score, or a sum of two, can be.
-constexpr float NO_LEVEL = -1e30f;
+// A level where there was no score yet.
+constexpr float NO_LEVEL = -HIGHEST;
+// A level beyond it is subtracted from scores before they are multiplied: by the rounding of their
+// product all weights of a row are off alike, which here would be by powers of 2.
+constexpr float LARGE = 131072;
 
 template <int DEPTH>
 struct Canonical {
@@ -42,13 +42,17 @@ struct Canonical {
   // Tiles whose places in the table differ by constants, and how far those of the next ones lie.
   static constexpr int TURN = 14, TURN_CODE = DEPTH == 8 ? 2 * LINE : LINE;
 
+  // Whole times what a warp has.
+  static constexpr int QUERIES = (TOKENS + 31) / 32 * 32;
   // From a key to its value.
   static constexpr int VALUES = TOKENS * 2 * E;
 
   struct alignas(16) Shared {
     unsigned char k[VALUES], v[VALUES];
     float table[NUMBERS];
-    int region[TOKENS];
+    int region[QUERIES];
+    float large_level[WARPS * 32][4];
+    int head, clip, window;
   };
 
   static __device__ constexpr int code(int tile) {
@@ -56,7 +60,7 @@ struct Canonical {
   }
 };
 
-// 2^x within 1.03e-4 of it, for x up to 127; 0 at and below -127.
+// 2^x within 1.03e-4 of it, for x up to 127; 0 at and below -127, and of what is not a number.
 __device__ __forceinline__ float exp2_on_fma(float x) {
   constexpr float ROUND = 12582912;  // 1.5 * 2^23: what is added to it is rounded to an integer
   x = max(x, -127.0f);
@@ -66,21 +70,6 @@ __device__ __forceinline__ float exp2_on_fma(float x) {
   power = fmaf(power, rest, 0.693282723f);
   power = fmaf(power, rest, 1.0f);
   return __uint_as_float(__float_as_uint(power) + (__float_as_uint(whole) << 23));
-}
-
-// Of four lanes each word j becomes that of lane j which its own lane numbers.
-__device__ __forceinline__ void transpose_words(uint32_t (&word)[4]) {
-#pragma unroll
-  for (int step = 1; step < 4; step *= 2) {
-    const bool is_upper = (lane_pair() & step) != 0;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (j & step) continue;
-      const uint32_t given = is_upper ? word[j] : word[j | step];
-      const uint32_t taken = __shfl_xor_sync(ALL_LANES, given, step);
-      (is_upper ? word[j] : word[j | step]) = taken;
-    }
-  }
 }
 
 // Where a lane reads what it gives to products with the keys of a turn, and with their values.
@@ -112,27 +101,33 @@ struct Queries32 {
   uint32_t q[2][2][4];
   // Of rows g, g + 8, g + 16 and g + 24.
   const float* bias[4];
-  uint32_t regions;  // a byte each
+  const int* region;  // of row g; the others' follow every 8
   // In powers of 2, what weights are relative to; and their sum.
   float level[4], total[4];
+  // Where one of the warp's levels is, all of them are 0, and stand in units of scores elsewhere.
+  bool is_large;
   float result[2][4][4];
+
+  static __device__ __forceinline__ float (&large_level())[4] {
+    return dynamic_shared<typename C::Shared>()->large_level[threadIdx.x];
+  }
 
   __device__ __forceinline__ void begin(const Attention& a, const Window<T>& window,
                                         const float* table, int first) {
     const TokenRows<T> rows = window.rows(0);
     const uint32_t sign = a.scale < 0 ? 0x80008000u : 0;
-    regions = 0;
+    is_large = false;
+    region = dynamic_shared<typename C::Shared>()->region + first + lane_group();
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int place = first + 8 * r + lane_group();
       const int column = window.inside(place) / DEPTH, depth = place % DEPTH;
       const int token = window.token(place);
-      regions |= static_cast<uint32_t>(window.region[window.inside(place)]) << 8 * r;
       bias[r] = table + C::REACH + column / 7 * C::LINE + column % 7 +
                 (depth - 2 * lane_pair()) * C::FRAME;
       level[r] = NO_LEVEL;
       total[r] = 0;
-      const T* const row = rows.first + (token < 0 ? 0 : token) * rows.stride;
+      const T* const row = rows.at(max(token, 0));
       const uint32_t* const words = reinterpret_cast<const uint32_t*>(row) + lane_pair();
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
@@ -150,14 +145,14 @@ struct Queries32 {
     }
   }
 
-  // Tiles FIRST to END - 1 of keys, so many in a step.
-  template <int TILES, int FIRST, int END>
+  // Tiles FIRST to END - 1 of keys.
+  template <int FIRST, int END>
   __device__ __forceinline__ void add_tiles(const Turn& turn, bool is_mixed, float factor,
                                             float masked) {
     if constexpr (FIRST < END) {
-      constexpr int COUNT = END - FIRST < TILES ? END - FIRST : TILES;
+      constexpr int COUNT = END - FIRST < STEP ? END - FIRST : STEP;
       add<FIRST, COUNT>(turn, is_mixed, factor, masked);
-      add_tiles<TILES, FIRST + COUNT, END>(turn, is_mixed, factor, masked);
+      add_tiles<FIRST + COUNT, END>(turn, is_mixed, factor, masked);
     }
   }
 
@@ -186,8 +181,7 @@ struct Queries32 {
         const int2 column = *reinterpret_cast<const int2*>(from);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          const int row = regions >> i / 2 * 8 & 0xff;
-          const bool differs = row != (i % 2 ? column.y : column.x);
+          const bool differs = region[i / 2 * 8] != (i % 2 ? column.y : column.x);
           weight[i / 4][n][i % 4] += differs ? masked : 0;
         }
       }
@@ -203,9 +197,21 @@ struct Queries32 {
         const float (&row)[4] = weight[r / 2][n];
         highest[r] = max(highest[r], max(row[r % 2 * 2], row[r % 2 * 2 + 1]));
       }
-      is_above = is_above || fmaf(highest[r], factor, -level[r]) > SLACK;
+      const float above =
+          is_large ? (highest[r] - large_level()[r]) * factor : fmaf(highest[r], factor, -level[r]);
+      is_above = is_above || above > SLACK;
     }
     if (__any_sync(ALL_LANES, is_above)) raise_levels(highest, factor);
+    if (is_large) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n) {
+          weight[r / 2][n][r % 2 * 2] -= large_level()[r];
+          weight[r / 2][n][r % 2 * 2 + 1] -= large_level()[r];
+        }
+      }
+    }
 
 #pragma unroll
     for (int n = 0; n < COUNT; n += 2) {
@@ -253,11 +259,30 @@ struct Queries32 {
 
   // To the highest scores so far: a warp does so when one of its rows must.
   __device__ __forceinline__ void raise_levels(const float (&highest)[4], float factor) {
+    const float inverse = 1 / factor;
+    float top[4];
+    bool becomes_large = false;
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      const float before = level[r];
-      level[r] = max(before, row_max(highest[r]) * factor);
-      const float fading = exp2_approx(before - level[r]);
+      top[r] = row_max(highest[r]);
+      const float reached = max(top[r], is_large ? large_level()[r] : level[r] * inverse);
+      becomes_large = becomes_large || (reached > NO_LEVEL && fabsf(reached) * factor > LARGE);
+    }
+    becomes_large = __any_sync(ALL_LANES, becomes_large);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      float fading;
+      if (is_large || becomes_large) {
+        const float before = is_large ? large_level()[r] : level[r] * inverse;
+        const float next = max(max(before, top[r]), NO_LEVEL);
+        fading = exp2_approx((before - next) * factor);
+        large_level()[r] = next;
+        level[r] = becomes_large ? 0 : next * factor;
+      } else {
+        const float before = level[r];
+        level[r] = max(before, top[r] * factor);
+        fading = exp2_approx(before - level[r]);
+      }
       total[r] *= fading;
 #pragma unroll
       for (int c = 0; c < E / 8; ++c) {
@@ -265,26 +290,20 @@ struct Queries32 {
         result[r / 2][c][r % 2 * 2 + 1] *= fading;
       }
     }
+    is_large = becomes_large;
   }
 
   __device__ __forceinline__ void end(const Window<T>& window, int first, T* out,
-                                      float* log_sum_exp) const {
+                                      float* log_sum_exp, float factor) const {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int token = window.token(first + 8 * r + lane_group());
-      const float sum = row_sum(total[r]), inverse = 1 / sum;
-      uint32_t word[4];
-#pragma unroll
-      for (int c = 0; c < E / 8; ++c) {
-        const float (&pair)[4] = result[r / 2][c];
-        word[c] = pack<T>(pair[r % 2 * 2] * inverse, pair[r % 2 * 2 + 1] * inverse);
-      }
-      transpose_words(word);
-      if (token < 0) continue;
-      T* const to = out + window.first + token * window.width + 8 * lane_pair();
-      *reinterpret_cast<uint4*>(to) = uint4{word[0], word[1], word[2], word[3]};
-      if (lane_pair() == 0) {
-        log_sum_exp[window.row + token] = (level[r] + log2f(sum)) * LN_2;
+      const float sum = row_sum(total[r]);
+      T* const to = out + window.first + token * window.width;
+      store_row<T, E>(to, token >= 0, result[r / 2], r % 2, 1 / sum);
+      if (token >= 0 && lane_pair() == 0) {
+        const float powers = is_large ? large_level()[r] * factor : level[r];
+        log_sum_exp[window.row + token] = (powers + log2f(sum)) * LN_2;
       }
     }
   }
@@ -296,21 +315,26 @@ __global__ void __launch_bounds__(Canonical<DEPTH>::WARPS * 32, Canonical<DEPTH>
                                float factor, float masked) {
   using C = Canonical<DEPTH>;
   auto* const shared = dynamic_shared<typename C::Shared>();
-  const unsigned heads = static_cast<unsigned>(a.num_heads);
+  if (threadIdx.x == 0) {
+    const unsigned heads = static_cast<unsigned>(a.num_heads);
+    const unsigned windows = static_cast<unsigned>(a.num_windows);
+    shared->head = blockIdx.x % heads;
+    shared->clip = blockIdx.x / heads / windows;
+    shared->window = blockIdx.x / heads % windows;
+  }
+  __syncthreads();
   // Made again where it is needed: kept, it would take registers from the loop over keys.
-  const auto here = [&] {
-    const unsigned block = opaque(blockIdx.x);
-    return Window<T>(a, block % heads, block / heads);
-  };
+  const auto here = [&] { return Window<T>(a, shared->head, shared->clip, shared->window); };
   const Window<T> window = here();
-  window.rows(1).gather(Rows<T, E>{shared->k}, window.source, 0, C::TOKENS, C::TOKENS);
-  window.rows(2).gather(Rows<T, E>{shared->v}, window.source, 0, C::TOKENS, C::TOKENS);
+  window.gather_keys(Rows<T, E>{shared->k}, Rows<T, E>{shared->v}, 0, C::TOKENS);
   const float* const table = a.tables + window.head * a.table_stride;
   for (int i = threadIdx.x * 4; i < C::NUMBERS; i += blockDim.x * 4) {
     copy_async_16(shared->table + i, table + i);
   }
   copy_async_commit();
-  for (int i = threadIdx.x; i < C::TOKENS; i += blockDim.x) shared->region[i] = window.region[i];
+  for (int i = threadIdx.x; i < C::QUERIES; i += blockDim.x) {
+    shared->region[i] = window.region[window.inside(i)];
+  }
 
   const bool is_mixed = window.is_mixed;
   copy_async_wait<0>();
@@ -321,14 +345,14 @@ __global__ void __launch_bounds__(Canonical<DEPTH>::WARPS * 32, Canonical<DEPTH>
     Turn turn(*shared);
 #pragma unroll 1
     for (int i = 0; i < C::TILES / C::TURN; ++i) {
-      queries.template add_tiles<STEP, 0, C::TURN>(turn, is_mixed, factor, masked);
+      queries.template add_tiles<0, C::TURN>(turn, is_mixed, factor, masked);
       turn.advance(C::TURN);
       for (int r = 0; r < 4; ++r) queries.bias[r] -= C::TURN_CODE;
     }
     if constexpr (C::TILES % C::TURN) {
-      queries.template add_tiles<2, 0, C::TILES % C::TURN>(turn, is_mixed, factor, masked);
+      queries.template add_tiles<0, C::TILES % C::TURN>(turn, is_mixed, factor, masked);
     }
-    queries.end(here(), first, out, log_sum_exp);
+    queries.end(here(), first, out, log_sum_exp, factor);
   }
 }
 

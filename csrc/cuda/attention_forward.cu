@@ -1,4 +1,4 @@
-// A block owns 64 queries of a window and a head, and goes through the keys tile by tile.
+// A block owns up to 64 queries of a window and a head, and goes through the keys tile by tile.
 #include "attention.cuh"
 
 namespace videoswin {
@@ -23,37 +23,26 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1)
                              int bias_numbers) {
   using F = Forward<T, E>;
   auto* const shared = dynamic_shared<typename F::Shared>();
-  const int queries = blockDim.x / 2, tokens = static_cast<int>(a.tokens);
-  const unsigned tiles = (tokens + queries - 1) / queries;
-  const unsigned heads = static_cast<unsigned>(a.num_heads);
-  // Heads follow each other, so that neighbours read the other parts of the same lines.
-  const int head = blockIdx.x % heads;
-  const int first = blockIdx.x / heads % tiles * queries;
-  const Window<T> window(a, head, blockIdx.x / heads / tiles);
-  const Bias bias(a, head, shared + 1, bias_numbers);
+  const Block block(a);
+  const int first = block.first, queries = block.rows, tokens = static_cast<int>(a.tokens);
+  const Window<T> window(a, block.head, block.rest);
+  const Bias bias(a, block.head, shared + 1, bias_numbers);
 
   const Rows<T, E> q_rows{shared->q};
-  window.rows(0).gather(q_rows, window.source, first, queries, tokens);
+  gather(window.source, first, queries, tokens, q_rows, window.rows(0));
   const auto load = [&](int start) {
     auto& stage = shared->stage[start / F::KEYS % 2];
     if (start < tokens) {
-      window.rows(1).gather(Rows<T, E>{stage.k}, window.source, start, F::KEYS, tokens);
-      window.rows(2).gather(Rows<T, E>{stage.v}, window.source, start, F::KEYS, tokens);
+      window.gather_keys(Rows<T, E>{stage.k}, Rows<T, E>{stage.v}, start, F::KEYS);
       stage.keys.load(a, window, start);
     }
     copy_async_commit();
   };
   load(0);
 
-  int token[2], code[2], region[2];
-  for (int i = 0; i < 2; ++i) {
-    const int place = first + warp_row() + lane_group() + 8 * i;
-    token[i] = window.token(place);
-    code[i] = a.code[window.inside(place)];
-    region[i] = window.region[window.inside(place)];
-  }
+  const OwnRows own(a, window, first);
   Left<T, E> q = {};
-  // In units of log 2: what weights are relative to, and their sum.
+  // What weights are relative to, and their sum.
   float level[2] = {-INFINITY, -INFINITY}, total[2] = {};
   float result[E / 8][4] = {};
   for (int start = 0; start < tokens; start += F::KEYS) {
@@ -68,7 +57,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1)
 
     float weight[F::TILES][4] = {};
     multiply_rows(weight, q, Rows<T, E>{stage.k});
-    finish_scores(weight, a.scale, bias, code, region, stage.keys.code, stage.keys.region,
+    finish_scores(weight, a.scale, bias, own.code, own.region, stage.keys.code, stage.keys.region,
                   window.is_mixed);
     cut_scores(weight, tokens - start);
 #pragma unroll
@@ -79,7 +68,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1)
         highest = max(highest, max(weight[n][2 * half], weight[n][2 * half + 1]));
       }
       const float before = level[half];
-      level[half] = max(before, row_max(highest) * LOG2_E);
+      level[half] = max(before, row_max(highest));
       // A tile may hold nothing but scores of -inf, and -inf - -inf is not a number.
       const float zero = level[half] == -INFINITY ? 0 : level[half];
       float sum = 0;
@@ -87,11 +76,11 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1)
       for (int n = 0; n < F::TILES; ++n) {
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          weight[n][i] = exp2_approx(fmaf(weight[n][i], LOG2_E, -zero));
+          weight[n][i] = weight_of(weight[n][i], zero);
           sum += weight[n][i];
         }
       }
-      const float fading = exp2_approx(before - zero);
+      const float fading = weight_of(before, zero);
       total[half] = total[half] * fading + sum;
 #pragma unroll
       for (int c = 0; c < E / 8; ++c) {
@@ -106,15 +95,11 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1)
 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    const int token = own.token[half];
     const float sum = row_sum(total[half]);
-    if (token[half] < 0) continue;
-    T* const to = out + window.first + token[half] * window.width + 2 * lane_pair();
-#pragma unroll
-    for (int c = 0; c < E / 8; ++c) {
-      store_pair(to + c * 8, result[c][2 * half] / sum, result[c][2 * half + 1] / sum);
-    }
-    if (lane_pair() == 0) {
-      log_sum_exp[window.row + token[half]] = (level[half] + log2f(sum)) * LN_2;
+    store_row<T, E>(out + window.first + token * window.width, token >= 0, result, half, 1 / sum);
+    if (token >= 0 && lane_pair() == 0) {
+      log_sum_exp[window.row + token] = level[half] + log2f(sum) * LN_2;
     }
   }
 }

@@ -54,24 +54,40 @@ struct Rows {
 template <typename T>
 struct TokenRows {
   const T* first;
-  int64_t stride;
+  int stride;
   const T* pad;
 
-  // Begins to copy `count` places of a window; what is beyond its `tokens` places gets zeros.
-  template <int E>
-  __device__ __forceinline__ void gather(Rows<T, E> to, const int32_t* source, int place, int count,
-                                         int tokens) const {
-    constexpr int PIECES = Rows<T, E>::PIECES;
-    for (int i = threadIdx.x; i < count * PIECES; i += blockDim.x) {
-      const int row = i / PIECES, piece = i % PIECES;
-      const bool is_place = place + row < tokens;
-      const int token = is_place ? source[place + row] : -1;
-      const bool is_valid = token >= 0 || (is_place && pad);
-      const T* from = token < 0 && is_valid ? pad : first + (token < 0 ? 0 : token) * stride;
-      copy_async_16(to.at(row, piece), from + piece * (16 / sizeof(T)), is_valid);
-    }
+  // Computed here, once: a compiler short of registers would do it again for every row.
+  __device__ __forceinline__ TokenRows(const T* first, int64_t stride, const T* pad)
+      : first(kept(first)), stride(static_cast<int>(stride)), pad(kept(pad)) {}
+
+  __device__ __forceinline__ const T* at(int token) const {
+    return first + static_cast<int64_t>(token) * stride;
   }
 };
+
+// Begins to copy `count` places of a window, of one tensor or more side by side: to rows, from
+// tokens, and so on. What is beyond the window's `tokens` places gets zeros.
+template <typename T, int E, typename... More>
+__device__ __forceinline__ void gather(const int32_t* source, int place, int count, int tokens,
+                                       Rows<T, E> to, const TokenRows<T>& from,
+                                       const More&... more) {
+  constexpr unsigned PIECES = Rows<T, E>::PIECES, NUMBERS = 16 / sizeof(T);
+  source = kept(source + place);
+  for (unsigned i = threadIdx.x; i < count * PIECES; i += blockDim.x) {
+    const int row = i / PIECES, piece = i % PIECES;
+    const bool is_place = place + row < tokens;
+    const int token = is_place ? source[row] : -1;
+    const auto copy = [&](const auto& self, Rows<T, E> rows, const TokenRows<T>& tensor,
+                          const auto&... others) {
+      const bool is_valid = token >= 0 || (is_place && tensor.pad);
+      const T* const start = token < 0 && is_valid ? tensor.pad : tensor.at(max(token, 0));
+      copy_async_16(rows.at(row, piece), start + piece * NUMBERS, is_valid);
+      if constexpr (sizeof...(others) > 0) self(self, others...);
+    };
+    copy(copy, to, from, more...);
+  }
+}
 
 // 16 rows as the left factor of products.
 template <typename T, int E>
@@ -212,13 +228,54 @@ __device__ __forceinline__ void multiply_weights(float (&d)[E / 8][4],
   }
 }
 
-// Two neighbours, rounded to T.
-template <typename T>
-__device__ __forceinline__ void store_pair(T* to, float low, float high) {
+// Of four lanes each word j becomes that of lane j which its own lane numbers.
+__device__ __forceinline__ void transpose_words(uint32_t (&word)[4]) {
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    const bool is_upper = (lane_pair() & step) != 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (j & step) continue;
+      const uint32_t given = is_upper ? word[j] : word[j | step];
+      const uint32_t taken = __shfl_xor_sync(ALL_LANES, given, step);
+      (is_upper ? word[j] : word[j | step]) = taken;
+    }
+  }
+}
+
+// Row g, or g + 8, of E / 8 tiles, times a factor and rounded to T. All lanes call it.
+template <typename T, int E>
+__device__ __forceinline__ void store_row(T* to, bool is_stored, const float (&tile)[E / 8][4],
+                                          int half, float factor) {
+  const int pair = 2 * lane_pair();
   if constexpr (std::is_same_v<T, float>) {
-    *reinterpret_cast<float2*>(to) = float2{low, high};
+    if (!is_stored) return;
+#pragma unroll
+    for (int c = 0; c < E / 8; ++c) {
+      *reinterpret_cast<float2*>(to + 8 * c + pair) =
+          float2{tile[c][2 * half] * factor, tile[c][2 * half + 1] * factor};
+    }
   } else {
-    *reinterpret_cast<uint32_t*>(to) = pack<T>(low, high);
+    uint32_t word[E / 8];
+#pragma unroll
+    for (int c = 0; c < E / 8; ++c) {
+      word[c] = pack<T>(tile[c][2 * half] * factor, tile[c][2 * half + 1] * factor);
+    }
+    if constexpr (E == 16) {
+      if (!is_stored) return;
+      *reinterpret_cast<uint32_t*>(to + pair) = word[0];
+      *reinterpret_cast<uint32_t*>(to + 8 + pair) = word[1];
+    } else {
+      // 16 bytes a lane, of one tile each: whole sectors.
+#pragma unroll
+      for (int c = 0; c < E / 8; c += 4) {
+        uint32_t own[4] = {word[c], word[c + 1], word[c + 2], word[c + 3]};
+        transpose_words(own);
+        if (!is_stored) continue;
+        *reinterpret_cast<uint4*>(to + 8 * (c + lane_pair())) =
+            uint4{own[0], own[1], own[2], own[3]};
+      }
+    }
   }
 }
 

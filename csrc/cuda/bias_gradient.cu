@@ -14,73 +14,90 @@ __global__ void __launch_bounds__(256) spread_tables_kernel(Attention a, float f
   const int64_t head = i % a.num_heads, row = i / a.num_heads;
   const bool is_row = row <= 2 * a.reach;
   const int64_t at = (a.offset - a.reach + row) * a.num_heads + head;
-  a.tables[head * a.table_stride + row] = is_row ? number(a.bias_table, at) * factor : 0;
+  const float bias = is_row ? number(a.bias_table, at) : 0;
+  // What hides a pair by the lowest number shall not become infinite, nor what is made of it.
+  const bool is_finite = fabsf(bias) <= HIGHEST;
+  const float product = bias * factor;
+  a.tables[head * a.table_stride + row] =
+      is_finite ? min(max(product, -HIGHEST / 256), HIGHEST / 256) : product;
 }
 
 template <typename T, int E>
 struct PairPass {
   static constexpr int COLUMNS = videoswin::COLUMNS<T, E>, TILES = COLUMNS / 8;
+  // Blocks on a multiprocessor that registers are kept free for.
+  static constexpr int BLOCKS = std::is_same_v<T, float> ? 1 : E == 64 ? 3 : 5;
+  // Windows whose gradients are one sum, before it is added to those of earlier ones.
+  static constexpr int CHAIN = 32;
+
   struct alignas(16) Stage {
     unsigned char q[MOST_WARPS * 16 * E * sizeof(T)], grad[MOST_WARPS * 16 * E * sizeof(T)];
     unsigned char k[COLUMNS * E * sizeof(T)], v[COLUMNS * E * sizeof(T)];
     Queries<MOST_WARPS * 16> queries;
     Keys<COLUMNS> keys;
   };
-  static constexpr int STAGES = 2 * sizeof(Stage) <= SHARED_BYTES ? 2 : 1;
+  static_assert(2 * sizeof(Stage) <= SHARED_BYTES);
 };
 
 // grad_bias[part, head, i, j] = sum over the part's windows of grad_score[i, j], in their order.
 template <typename T, int E>
-__global__ void __launch_bounds__(MOST_WARPS * 32, 1)
+__global__ void __launch_bounds__(MOST_WARPS * 32, PairPass<T, E>::BLOCKS)
     bias_gradient_kernel(Attention a, AttentionGradients g) {
   using Pass = PairPass<T, E>;
   constexpr int COLUMNS = Pass::COLUMNS, TILES = Pass::TILES;
   auto* const shared = dynamic_shared<typename Pass::Stage>();
-  const int rows = blockDim.x / 2, tokens = static_cast<int>(a.tokens);
-  const unsigned heads = static_cast<unsigned>(a.num_heads);
-  const unsigned row_tiles = (tokens + rows - 1) / rows;
+  const Block block(a);
+  const int rows = block.rows, tokens = static_cast<int>(a.tokens);
   const unsigned column_tiles = (tokens + COLUMNS - 1) / COLUMNS;
-  const int head = blockIdx.x % heads;
-  const int first_row = blockIdx.x / heads % row_tiles * rows;
-  const int first_column = blockIdx.x / heads / row_tiles % column_tiles * COLUMNS;
-  const unsigned part = blockIdx.x / heads / row_tiles / column_tiles;
+  const int first_column = block.rest % column_tiles * COLUMNS;
+  const unsigned part = block.rest / column_tiles;
   const unsigned windows = static_cast<unsigned>(a.clips * a.num_windows);
+  const unsigned num_windows = static_cast<unsigned>(a.num_windows);
   const unsigned parts = static_cast<unsigned>(g.bias_parts), steps = (windows + parts - 1) / parts;
   const unsigned begin = part * steps, end = min(begin + steps, windows);
 
+  unsigned clip = begin / num_windows, window_of_clip = begin % num_windows;
+  bool is_next_mixed = false;
   const auto load = [&](unsigned step) {
     if (step < end) {
-      auto& stage = shared[step % Pass::STAGES];
-      const Window<T> window(a, head, step);
-      window.rows(0).gather(Rows<T, E>{stage.q}, window.source, first_row, rows, tokens);
-      window.rows_like_out(g.grad_out)
-          .gather(Rows<T, E>{stage.grad}, window.source, first_row, rows, tokens);
-      window.rows(1).gather(Rows<T, E>{stage.k}, window.source, first_column, COLUMNS, tokens);
-      window.rows(2).gather(Rows<T, E>{stage.v}, window.source, first_column, COLUMNS, tokens);
-      stage.queries.load(a, g, window, first_row, rows);
+      auto& stage = shared[step % 2];
+      const Window<T> window(a, block.head, clip, window_of_clip);
+      window.gather_queries(Rows<T, E>{stage.q}, Rows<T, E>{stage.grad}, g.grad_out, block.first,
+                            rows);
+      window.gather_keys(Rows<T, E>{stage.k}, Rows<T, E>{stage.v}, first_column, COLUMNS);
+      stage.queries.load(a, g, window, block.first, rows);
       stage.keys.load(a, window, first_column);
+      is_next_mixed = window.is_mixed;
+      if (++window_of_clip == num_windows) {
+        window_of_clip = 0;
+        ++clip;
+      }
     }
     copy_async_commit();
   };
-  if (Pass::STAGES > 1) load(begin);
+  load(begin);
 
-  const float* const table = a.tables + head * a.table_stride;
+  const float* const table = a.tables + block.head * a.table_stride;
+  const int own_row = block.first + warp_row() + lane_group();
+  const int own_column = first_column + 2 * lane_pair();
   float pair[TILES][4], total[TILES][4] = {};
 #pragma unroll
   for (int n = 0; n < TILES; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int row = first_row + warp_row() + lane_group() + i / 2 * 8;
-      const int column = first_column + n * 8 + 2 * lane_pair() + i % 2;
-      pair[n][i] = table[a.code[min(row, tokens - 1)] + a.reach - a.code[min(column, tokens - 1)]];
+      const int row = min(own_row + i / 2 * 8, tokens - 1);
+      const int column = min(own_column + n * 8 + i % 2, tokens - 1);
+      pair[n][i] = table[a.code[row] + a.reach - a.code[column]];
     }
   }
+  float* const to = g.grad_bias + (static_cast<int64_t>(part) * a.num_heads + block.head) * tokens *
+                                      static_cast<int64_t>(tokens);
   for (unsigned step = begin; step < end; ++step) {
-    load(step + Pass::STAGES - 1);
-    copy_async_wait<Pass::STAGES - 1>();
+    const bool is_mixed = is_next_mixed;
+    load(step + 1);
+    copy_async_wait<1>();
     __syncthreads();
-    auto& stage = shared[step % Pass::STAGES];
-    const bool is_mixed = a.mixed[step % static_cast<unsigned>(a.num_windows)] != 0;
+    auto& stage = shared[step % 2];
     Left<T, E> left;
     float weight[TILES][4] = {}, grad[TILES][4] = {};
     left.load(Rows<T, E>{stage.q}, warp_row());
@@ -104,22 +121,24 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1)
       for (int i = 0; i < 4; ++i) {
         float score = fmaf(weight[n][i], a.scale, pair[n][i]);
         if (is_mixed && region[i / 2] != (i % 2 ? column.y : column.x)) score += MASKED;
-        const float one = exp2_approx((score - level[i / 2]) * LOG2_E) * factor[i / 2];
+        const float one = weight_of(score, level[i / 2]) * factor[i / 2];
         total[n][i] += one * (grad[n][i] - lowered[i / 2]);
       }
     }
     __syncthreads();
-  }
 
-  float* const to = g.grad_bias + (static_cast<int64_t>(part) * heads + head) * tokens * tokens;
+    const bool is_last = step + 1 == end;
+    if ((step - begin) % Pass::CHAIN != Pass::CHAIN - 1 && !is_last) continue;
+    const bool is_first = step - begin < Pass::CHAIN;
 #pragma unroll
-  for (int n = 0; n < TILES; ++n) {
+    for (int n = 0; n < TILES; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = first_row + warp_row() + lane_group() + i / 2 * 8;
-      const int column = first_column + n * 8 + 2 * lane_pair() + i % 2;
-      if (row < tokens && column < tokens) {
-        to[static_cast<int64_t>(row) * tokens + column] = total[n][i];
+      for (int i = 0; i < 4; ++i) {
+        const int row = own_row + i / 2 * 8, column = own_column + n * 8 + i % 2;
+        if (row >= tokens || column >= tokens) continue;
+        float& sum = to[static_cast<int64_t>(row) * tokens + column];
+        sum = is_first ? total[n][i] : sum + total[n][i];
+        total[n][i] = 0;
       }
     }
   }
@@ -168,7 +187,7 @@ int table_gradient(const Attention& call, const AttentionGradients& gradients, v
     const int64_t tiles = tiles_of(call.tokens, 16 * warps) * tiles_of(call.tokens, Pass::COLUMNS);
     return launch(bias_gradient_kernel<T, width()>,
                   grid_of(gradients.bias_parts * tiles * call.num_heads), dim3(32 * warps),
-                  Pass::STAGES * sizeof(typename Pass::Stage), stream, call, gradients);
+                  2 * sizeof(typename Pass::Stage), stream, call, gradients);
   });
   if (failed) return failed;
   return launch(table_gradient_kernel,

@@ -55,9 +55,10 @@ __device__ inline float exp2_approx(float x) {
   return power;
 }
 
-__device__ inline unsigned opaque(unsigned x) {
-  asm volatile("" : "+r"(x));
-  return x;
+template <typename T>
+__device__ __forceinline__ T* kept(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
 }
 
 template <typename T>
@@ -141,25 +142,26 @@ __device__ inline void mma_m16n8k16<bfloat16>(float (&d)[4], const uint32_t (&a)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-template <typename... P, typename... A>
-int launch(void (*kernel)(P...), dim3 grid, dim3 threads, size_t shared_bytes, void* stream,
-           A... arguments) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return 0;
-  // More than this a kernel gets only if it asks for it.
-  if (shared_bytes > 48 * 1024) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(shared_bytes));
-  }
-  kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  return cudaGetLastError();
-}
-
 // Bytes of shared memory that a block of the current device can ask for.
 inline size_t shared_limit() {
   int device = 0, bytes = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return bytes;
+}
+
+template <typename... P, typename... A>
+int launch(void (*kernel)(P...), dim3 grid, dim3 threads, size_t shared_bytes, void* stream,
+           A... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return 0;
+  // More than this a kernel gets only if it asks for it. It asks for all there is: what one call
+  // sets, a call of another size in another thread could take away before the launch.
+  if (shared_bytes > 48 * 1024) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         static_cast<int>(shared_limit()));
+  }
+  kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  return cudaGetLastError();
 }
 
 // 0 if the current device can run a kernel, else why not: no code for it, too old a driver.

@@ -97,7 +97,7 @@ struct AttentionGradients {
   float *row_sums, *factors;  // workspaces: float32, as log_sum_exp
   void* grad_qkv;             // as qkv
   float* grad_table;          // [rows, num_heads]
-  float* grad_bias;           // a workspace: [parts of it, num_heads, tokens, tokens]
+  float* grad_bias;           // a workspace: [bias_parts, num_heads, tokens, tokens]
   int64_t bias_parts, table_rows, num_places;
   const int32_t* place;            // [num_places]: inverse of code, -1 where there is none
   float *grad_pad_k, *grad_pad_v;  // [num_heads, head_width]

@@ -30,7 +30,11 @@ inline const dim3& gridDim = videoswin::emulation::grid_size;
 namespace videoswin {
 inline namespace emulated {
 
-inline unsigned opaque(unsigned x) { return x; }
+
+template <typename T>
+T* kept(T* pointer) {
+  return pointer;
+}
 
 template <typename T>
 T* dynamic_shared() {
