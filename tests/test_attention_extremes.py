@@ -189,3 +189,70 @@ def test_gradients_under_a_causal_table(run):
     exact = gradients(run, (qkv, table, torch.zeros(48)), up, case, is_exact=True)
     assert not got[1][hidden].any()
     assert_near(got, exact, 1e-5)
+
+
+# Of one head of 32 channels: a small window, and one that kernels are specialised for.
+SIZES = {
+    "small": Case((3, 5, 7), (2, 3, 4), (1, 1, 2)),
+    "8x7x7": Case((8, 7, 7), (8, 7, 7), (0,) * 3),
+}
+
+
+def of_one_head(case, dtype):
+    qkv, table, pad = make(case, batch=1, dtype=dtype)
+    return qkv, table[:, :1].clone(), pad
+
+
+def assert_as_near_as_plain(run, given, case, dtype):
+    """Within the budget, which an output that is not a number is not."""
+    if run.is_interpreted and case.tokens > 100:
+        pytest.skip("the interpreter takes a second, and its kernels are those of a small window")
+    exact = naive(suite.Run("reference", "cpu"), [v.double() for v in given], case, num_heads=1)
+    own = naive(run, given, case, num_heads=1)
+    result = run(
+        window_attention, *given[:2], window=case[1], shift=case[2], num_heads=1, pad_qkv=given[2]
+    )
+    suite.assert_budget(result, exact, own, dtype)
+
+
+@suite.every("window_attention", suite.DTYPES)
+@pytest.mark.parametrize("value", [-1e5, -1e9, -1e30, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("name", SIZES)
+def test_keys_hidden_by_a_large_number_are_hidden(name, value, run, dtype):
+    """Where the first keys of a row are, a level of their own is far from that of the others."""
+    case = SIZES[name]
+    given = of_one_head(case, dtype)
+    rows = loops.relative_rows(case.grid, case.window)
+    # Keys before the query in the raster, itself left out.
+    hidden = torch.from_numpy(rows).tril(-1).unique()
+    given[1][hidden[hidden != rows[0, 0]]] = value
+    assert_as_near_as_plain(run, given, case, dtype)
+
+
+@suite.every("window_attention", suite.DTYPES)
+@pytest.mark.parametrize("value", [-1e5, 1e5, -1e30, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("name", SIZES)
+def test_one_large_number_added_to_all_scores_hides_none(name, value, run, dtype):
+    case = SIZES[name]
+    qkv, table, pad = of_one_head(case, dtype)
+    qkv[..., :32] = 0
+    table[:] = value
+    # The mask, of which so large a number leaves nothing or all.
+    case = case._replace(shift=(0, 0, 0))
+    assert_as_near_as_plain(run, (qkv, table, pad), case, dtype)
+
+
+@suite.every("window_attention", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e3, 3e4, 1e7])
+@pytest.mark.parametrize("name", SIZES)
+def test_scores_of_any_size_give_numbers(name, size, run, dtype):
+    """With one key ahead of all others by far, an output is that key's value."""
+    case = SIZES[name]._replace(shift=(0, 0, 0))
+    qkv, table, pad = of_one_head(case, dtype)
+    direction = torch.randn(32).sign()
+    # Queries agree with the sign of every key's own factor; the last token's is the largest.
+    factors = torch.linspace(-1, 1, qkv[..., 0].numel()).view(qkv.shape[:-1])
+    qkv[..., :32] = (direction * size).to(dtype)
+    qkv[..., 32:64] = (factors[..., None] * direction * size).to(dtype)
+    pad[32:64] = (-direction * size).to(dtype)
+    assert_as_near_as_plain(run, (qkv, table, pad), case, dtype)
