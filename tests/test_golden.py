@@ -2,6 +2,7 @@
 
 import functools
 
+import operator_suite as suite
 import pytest
 import torch
 from model_suite import (
@@ -32,9 +33,9 @@ def backward(features, clips, tensors, parameter):
 
 
 @functools.cache
-def ours(case, dtype):
+def ours(case, dtype, kernels="auto"):
     config, tensors = golden_case(case)
-    backbone = SwinTransformer3D(**config)
+    backbone = SwinTransformer3D(**config, kernels=kernels)
     backbone.load_state_dict(parameters_of(tensors))
     backbone.eval().to(dtype)
     clips = tensors["input"].to(dtype, copy=True).requires_grad_()
@@ -76,6 +77,23 @@ def test_output_and_gradients_in_float32_are_within_twice_the_error_of_torchvisi
     theirs = torchvisions(case)
     rounding = torch.finfo(torch.float32).eps
     for key, value in ours(case, torch.float32).items():
+        budget = 2 * error(theirs[key], tensors[key]) + rounding
+        assert error(value, tensors[key]) <= budget, key
+
+
+# Emulated, of a minute in all the two here take two seconds.
+QUICK = ("clamped_spatial", "odd_video")
+BY_TIME = [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES]
+REASON = next(filter(None, (suite.reason_against(name, "cuda") for name in suite.OPERATORS)), "")
+
+
+@pytest.mark.skipif(bool(REASON), reason=REASON)
+@pytest.mark.parametrize("case", BY_TIME)
+def test_output_and_gradients_by_emulated_cuda_kernels(case):
+    _, tensors = golden_case(case)
+    theirs = torchvisions(case)
+    rounding = torch.finfo(torch.float32).eps
+    for key, value in ours(case, torch.float32, "cuda").items():
         budget = 2 * error(theirs[key], tensors[key]) + rounding
         assert error(value, tensors[key]) <= budget, key
 

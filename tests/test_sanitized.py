@@ -15,9 +15,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = ("cyclic_shift", "window_partition", "patch_merging", "residual_norm", "cuda_rows")
+ROWS = ("cyclic_shift", "window_partition", "patch_merging", "residual_norm", "cuda_rows")
+FILES = (*ROWS, "attention", "attention_backward", "cuda_attention")
 # Not Inductor, nor more memory than a sanitizer has shadows for.
 LEFT_OUT = ("compiles", "beyond", "far", "65535", "settings", "order")
+# Nor attention at length: windows of more than 392 tokens, or what other tests come to as well.
+LEFT_OUT += ("16x7x7", "whose", "14001", "10500", "rise_late")
 VARIANTS = {
     "emulated_address": (("libasan.so", "libubsan.so"), r"AddressSanitizer|runtime error"),
     "emulated_thread": (("libtsan.so",), r"WARNING: ThreadSanitizer|data race"),
@@ -63,4 +66,4 @@ def test_kernels_are_clean(target):
     said = done.stdout + done.stderr
     assert not re.search(report, said), said[-6000:]
     assert done.returncode == 0, said[-3000:]
-    assert int(re.search(r"(\d+) passed", said)[1]) > 300
+    assert int(re.search(r"(\d+) passed", said)[1]) > 600

@@ -158,7 +158,7 @@ struct KeyPass {
   struct alignas(16) Shared {
     unsigned char k[MOST_WARPS * 16 * E * sizeof(T)], v[MOST_WARPS * 16 * E * sizeof(T)];
     Stage stage[2];
-    float pads[MOST_WARPS][2][E];  // what each warp's pads have got
+    float pads[MOST_WARPS][2 * E];  // what the keys and values of each warp's pads have got
   };
 };
 
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, KeyPass<T, E>::BLOCKS)
   const unsigned windows = static_cast<unsigned>(a.clips * a.num_windows);
   const Bias bias(a, block.head, shared + 1, bias_numbers);
   const Rows<T, E> k_rows{shared->k}, v_rows{shared->v};
-  float* const pads = shared->pads[threadIdx.x / 32][0];
+  float* const pads = shared->pads[threadIdx.x / 32];
   for (int c = threadIdx.x % 32; c < 2 * E; c += 32) pads[c] = 0;
   __syncwarp();
 
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, KeyPass<T, E>::BLOCKS)
   float* const to = g.partial + row * 2 * width;
   for (int i = threadIdx.x; i < 2 * E; i += blockDim.x) {
     float sum = 0;
-    for (int warp = 0; warp < keys / 16; ++warp) sum += shared->pads[warp][0][i];
+    for (int warp = 0; warp < keys / 16; ++warp) sum += shared->pads[warp][i];
     to[i / E * width + block.head * E + i % E] = sum;
   }
 }

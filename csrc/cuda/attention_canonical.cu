@@ -27,9 +27,9 @@ constexpr int STEP = 2;
 constexpr float SLACK = 8;
 // A level where there was no score yet.
 constexpr float NO_LEVEL = -HIGHEST;
-// A level beyond it is subtracted from scores before they are multiplied: by the rounding of their
-// product all weights of a row are off alike, which here would be by powers of 2.
-constexpr float LARGE = 131072;
+// A level beyond it is subtracted from scores before they are multiplied. Of a smaller one the
+// product is, by whose rounding all weights of a row are off alike: by at most 2^-13.
+constexpr float LARGE = 2048;
 
 template <int DEPTH>
 struct Canonical {
