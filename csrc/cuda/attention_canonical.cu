@@ -104,7 +104,8 @@ struct Queries32 {
   const int* region;  // of row g; the others' follow every 8
   // In powers of 2, what weights are relative to; and their sum.
   float level[4], total[4];
-  // Where one of the warp's levels is, all of them are 0, and stand in units of scores elsewhere.
+  // Where one of the warp's levels is, all of them are 0, and stand in units of scores elsewhere;
+  // they are then raised in every step.
   bool is_large;
   float result[2][4][4];
 
@@ -197,11 +198,9 @@ struct Queries32 {
         const float (&row)[4] = weight[r / 2][n];
         highest[r] = max(highest[r], max(row[r % 2 * 2], row[r % 2 * 2 + 1]));
       }
-      const float above =
-          is_large ? (highest[r] - large_level()[r]) * factor : fmaf(highest[r], factor, -level[r]);
-      is_above = is_above || above > SLACK;
+      is_above = is_above || fmaf(highest[r], factor, -level[r]) > SLACK;
     }
-    if (__any_sync(ALL_LANES, is_above)) raise_levels(highest, factor);
+    if (__any_sync(ALL_LANES, is_above || is_large)) raise_levels(highest, factor);
     if (is_large) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {

@@ -22,11 +22,20 @@ __global__ void __launch_bounds__(256) spread_tables_kernel(Attention a, float f
       is_finite ? min(max(product, -HIGHEST / 256), HIGHEST / 256) : product;
 }
 
+// As many as fit without spills; on Hopper those of stage 1 of Swin-T are then one wave.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 900
+constexpr int MOST_BLOCKS = 4;
+#elif __CUDA_ARCH__ == 900
+constexpr int MOST_BLOCKS = 5;
+#else
+constexpr int MOST_BLOCKS = 3;
+#endif
+
 template <typename T, int E>
 struct PairPass {
   static constexpr int COLUMNS = videoswin::COLUMNS<T, E>, TILES = COLUMNS / 8;
   // Blocks on a multiprocessor that registers are kept free for.
-  static constexpr int BLOCKS = std::is_same_v<T, float> ? 1 : E == 64 ? 3 : 5;
+  static constexpr int BLOCKS = std::is_same_v<T, float> ? 1 : E == 64 ? 2 : MOST_BLOCKS;
   // Windows whose gradients are one sum, before it is added to those of earlier ones.
   static constexpr int CHAIN = 32;
 

@@ -17,7 +17,7 @@
 //   T round_to<T>(float)                     to nearest even; past the largest float16 is infinity
 //   uint32_t pack<T>(float low, float high)  two rounded numbers in one register
 //   float exp2_approx(float)                 2^x within 2^-22; subnormals are 0, given and returned
-//   T* kept(T*)                              what it is given, computed where it is called
+//   T* kept(T*)                              a pointer to device memory, computed where it is called
 //   T* dynamic_shared<T>()                   the block's shared memory, aligned to 1024 bytes
 //   copy_async_16(shared, global[, valid])   16 bytes to shared memory, zeros unless valid
 //   copy_async_commit()                      closes a group of copies

@@ -55,10 +55,12 @@ __device__ inline float exp2_approx(float x) {
   return power;
 }
 
+// By way of the address, so that it stays known to be of device memory.
 template <typename T>
 __device__ __forceinline__ T* kept(T* pointer) {
-  asm volatile("" : "+l"(pointer));
-  return pointer;
+  size_t address = __cvta_generic_to_global(pointer);
+  asm volatile("" : "+l"(address));
+  return static_cast<T*>(__cvta_global_to_generic(address));
 }
 
 template <typename T>
