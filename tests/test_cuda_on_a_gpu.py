@@ -9,6 +9,7 @@ from videoswin_kernels import (
     extension,
     patch_merging,
     residual_norm,
+    window_attention,
     window_partition,
     window_reverse,
 )
@@ -29,18 +30,25 @@ def step(x, affine, kernels="cuda"):
     shifted = cyclic_shift(x, (1, 1, 2), kernels=kernels)
     windows = window_partition(shifted, **WINDOW, kernels=kernels)
     back = window_reverse(windows, grid=x.shape[1:4], **WINDOW, kernels=kernels)
-    total, norm = residual_norm(x, back, *affine[:2], kernels=kernels)
-    merged = patch_merging(total + norm, *affine[2:], kernels=kernels)
+    *norms, table = affine
+    heads = table.shape[1]
+    # Of whole heads, what there is beside them left out.
+    q = back[..., : 32 * heads]
+    qkv = torch.cat([q, q.sin(), q.cos()], -1)
+    attended = window_attention(qkv, table, **WINDOW, num_heads=heads, kernels=kernels)
+    branch = torch.cat([attended, back[..., 32 * heads :]], -1)
+    total, norm = residual_norm(x, branch, *norms[:2], kernels=kernels)
+    merged = patch_merging(total + norm, *norms[2:], kernels=kernels)
     up = torch.linspace(-1, 1, merged.numel(), device=x.device, dtype=merged.dtype)
     return (merged.detach(), *torch.autograd.grad(merged, [x, *affine], up.view_as(merged)))
 
 
 def make(device="cuda", channels=96):
-    """A stream of tokens and the weights of both norms."""
+    """A stream of tokens, the weights of both norms, and a bias table of heads of 32 channels."""
     torch.manual_seed(0)
     x = torch.randn(2, 3, 5, 7, channels, device=device)
     affine = [torch.randn(n * channels, device=device) for n in (1, 1, 4, 4)]
-    return x, affine
+    return x, [*affine, torch.randn(75, channels // 32, device=device)]
 
 
 def test_a_captured_step_is_replayed_on_new_values():
