@@ -155,8 +155,8 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, PairPass<T, E>::BLOCKS)
 
 constexpr int ACROSS = 32, DOWN = 16;
 
-// grad_table[r, head] = sum over parts and places i of grad_bias[part, head, i, j], j being the place
-// whose code is code[i] + offset - r, where there is one.
+// grad_table[r, head] = sum over parts and places i of grad_bias[part, head, i, j], j being the
+// place whose code is code[i] + offset - r, where there is one.
 __global__ void __launch_bounds__(ACROSS* DOWN)
     table_gradient_kernel(Attention a, AttentionGradients g) {
   float* const shared = dynamic_shared<float>();
