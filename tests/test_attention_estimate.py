@@ -7,6 +7,7 @@ import pytest
 
 from bench import attention_estimate as estimate
 from bench import floors, machine_code
+from bench import sass as listing
 from videoswin_kernels import extension
 from videoswin_kernels.testing import Case, Stage
 
@@ -32,7 +33,7 @@ def sass(*lines):
 
 
 def code(*lines):
-    return estimate.parse(sass(*lines))["loop_kernel<bfloat16, 32>"]
+    return listing.parse(sass(*lines))["loop_kernel<bfloat16, 32>"]
 
 
 def kernel(**facts):
@@ -53,7 +54,7 @@ def test_an_instruction_is_read_with_its_guard_and_target():
     ]
     # Of a branch with a second predicate; and no number of another instruction is a target.
     text = sass("@!P1| BRA P2, 0x890", "IADD3 R2, R2, 0x10")
-    assert [each.target for each in estimate.parse(text)["loop_kernel<bfloat16, 32>"]] == [
+    assert [each.target for each in listing.parse(text)["loop_kernel<bfloat16, 32>"]] == [
         0x890,
         None,
     ]
@@ -90,24 +91,24 @@ def test_an_instruction_is_read_with_its_guard_and_target():
 )  # fmt: skip
 def test_an_instruction_takes_a_slot_and_its_unit(instruction, unit, amount):
     (read,) = code(instruction)
-    assert estimate.units(read) == Counter({"issue": 1, **({unit: amount} if unit else {})})
+    assert listing.units(read) == Counter({"issue": 1, **({unit: amount} if unit else {})})
 
 
 def test_an_unknown_instruction_is_refused():
     (read,) = code("FROB R0, R1")
     with pytest.raises(ValueError, match="FROB"):
-        estimate.units(read)
+        listing.units(read)
 
 
 def test_rates_are_those_of_the_page():
-    assert estimate.CLOCKS["issue"] * 4 == estimate.CLOCKS["float32"] * 4 == 1
-    assert estimate.CLOCKS["special"] == 2
-    assert estimate.CLOCKS["other"] == 0.5
+    assert listing.CLOCKS["issue"] * 4 == listing.CLOCKS["float32"] * 4 == 1
+    assert listing.CLOCKS["special"] == 2
+    assert listing.CLOCKS["other"] == 0.5
     # The exponentials of the floor are as many a second.
-    rate = 32 / estimate.CLOCKS["special"] * estimate.MULTIPROCESSORS * estimate.CLOCK
+    rate = 32 / listing.CLOCKS["special"] * estimate.MULTIPROCESSORS * estimate.CLOCK
     assert rate == pytest.approx(floors.H200.exps)
     # A product has 4096 operations, which take a dense clock and 0.63 of its rate.
-    assert estimate.CLOCKS["tensor"] == pytest.approx(1 / 0.63)
+    assert listing.CLOCKS["tensor"] == pytest.approx(1 / 0.63)
 
 
 def test_the_innermost_loop_that_multiplies_is_found():
@@ -116,10 +117,10 @@ def test_the_innermost_loop_that_multiplies_is_found():
         PLAIN, PRODUCT, "@P2| BRA 5", PLAIN,  # the inner loop
         PLAIN, "@P0| BRA 3", "BRA 10",  # the outer one, and a branch to itself
     )  # fmt: skip
-    assert estimate.loops(found) == [(1, 2), (5, 6), (3, 9)]
-    assert estimate.inner_loop(found) == (5, 6)
+    assert listing.loops(found) == [(1, 2), (5, 6), (3, 9)]
+    assert listing.inner_loop(found) == (5, 6)
     # Two ways back to one beginning are one loop.
-    assert estimate.inner_loop(code(PRODUCT, "@P0| BRA 0", PLAIN, "@P1| BRA 0")) == (0, 3)
+    assert listing.inner_loop(code(PRODUCT, "@P0| BRA 0", PLAIN, "@P1| BRA 0")) == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_the_innermost_loop_that_multiplies_is_found():
 )
 def test_one_loop_must_multiply(lines, number):
     with pytest.raises(ValueError, match=f"{number} innermost loops"):
-        estimate.inner_loop(code(*lines))
+        listing.inner_loop(code(*lines))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_one_loop_must_multiply(lines, number):
 )
 def test_what_a_branch_can_skip_is_rare(skip, skipped, rare):
     found = code(PRODUCT, skip, *skipped, PLAIN, "@P1| BRA 0", "EXIT", "EXIT")
-    body = estimate.body(found, 0, 11)
+    body = listing.body(found, 0, 11)
     assert body.rare["issue"] == rare
     assert body.scores["issue"] == 12 - rare
 
@@ -156,7 +157,7 @@ def test_the_usual_one_of_two_paths_is_counted():
         PRODUCT, "@!P0| BRA 11", *[PLAIN] * 8, "@P3| BRA 20", *["MUFU.EX2 R0, R1"] * 9,
         "@P1| BRA 0",
     )  # fmt: skip
-    body = estimate.body(found, 0, 20)
+    body = listing.body(found, 0, 20)
     assert body.scores == {"issue": 12, "tensor": 1, "special": 9, "pieces": 0}
     assert body.rare["issue"] == 9
 
@@ -169,7 +170,7 @@ def test_loops_that_copy_are_told_from_others():
         PLAIN, "STS [R1], R2", "@P2| BRA 6", *[PLAIN] * 5,
         PLAIN, "@P3| BRA 0",
     )  # fmt: skip
-    body = estimate.body(found, 0, 15)
+    body = listing.body(found, 0, 15)
     assert body.copies == {"issue": 4, "shared": 4, "float32": 1, "pieces": 1}
     assert body.loops == {"issue": 3, "shared": 1, "float32": 1, "pieces": 0}
     assert body.rare["issue"] == 5
@@ -224,7 +225,7 @@ def test_padding_is_of_the_tiles():
 
 def test_a_time_is_scores_by_the_slowest_unit():
     stage = Stage(Case((16, 14, 7), (8, 7, 7), (0, 0, 0)), 96, 3)
-    counts = dict.fromkeys(estimate.CLOCKS, 0.0) | {"issue": 40.0, "special": 4.0}
+    counts = dict.fromkeys(listing.CLOCKS, 0.0) | {"issue": 40.0, "special": 4.0}
     of = estimate.Cost(counts, 0, 0, 0, 128, 0)
     assert of.bound == (10, "issue")
     # 5 clips, 2 windows deep and 2 high, 3 heads; 392 x 416 scores each, 10 clocks for 128.
