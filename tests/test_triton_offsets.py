@@ -65,6 +65,7 @@ def test_attention_and_its_backward_read_and_write_tokens_far_apart(clips, far):
             code=integers(0, 1, 2, 3),
             place=integers(0, 1, 2, 3),
             offset=3,
+            canonical_depth=0,
             num_windows=1,
             tokens_per_window=tokens,
             has_padding=True,
