@@ -295,6 +295,15 @@ def test_every_number_of_tokens(tokens, dtype, run):
             suite.assert_budget(got, exact, own, got.dtype)
 
 
+@EVERY
+@DTYPES
+def test_a_table_gets_its_gradient_from_more_windows_than_are_one_sum(dtype, run):
+    case = Case((9, 10, 10), (2, 2, 2), (1, 1, 1))
+    # Each half of them is longer than two sums of 32.
+    assert 2 * case.windows > 2 * 2 * 32
+    check(run, make(case, batch=2, dtype=dtype, grad=True), case)
+
+
 def differentiated(run, case, width, dtype):
     """Of the output and each gradient what is found, the exact one, and that of the composition."""
     inputs = make(case, 1, dtype=dtype, width=width, grad=True)

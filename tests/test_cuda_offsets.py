@@ -1,4 +1,4 @@
-"""Offsets past 2^31 inside the CUDA C++ attention kernels, without the memory for so many tokens."""
+"""Offsets past 2^31 inside the CUDA C++ attention kernels, without memory for so many tokens."""
 
 import operator_suite as suite
 import pytest
