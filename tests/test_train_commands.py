@@ -181,7 +181,7 @@ COMMANDS = pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
 
 
 @COMMANDS
-@pytest.mark.parametrize("word", ["fused", "cuda"])
+@pytest.mark.parametrize("word", ["fused", "cpu"])
 def test_kernels_that_cannot_run_are_refused(commands, capsys, command, word):
     if word == "fused" and explain("window_attention").kernels != "reference":
         pytest.skip("fused runs here")
