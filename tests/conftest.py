@@ -68,6 +68,20 @@ def deterministic():
 
 
 @pytest.fixture
+def control():
+    """Sets how the emulator runs; as it was, afterwards."""
+    if extension.why_not("_emulated") is not None:
+        pytest.skip(f"no emulated kernels here: {extension.why_not('_emulated')}")
+    try:
+        module = extension.control()
+    except ImportError as error:
+        pytest.skip(str(error))
+    before = module.settings()
+    yield module
+    module.set_settings(**before)
+
+
+@pytest.fixture
 def server(monkeypatch):
     """A web server on this machine, reached without proxies, and no pauses between attempts."""
     for name in ("no_proxy", "NO_PROXY"):

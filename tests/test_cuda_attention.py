@@ -14,7 +14,6 @@ import torch
 from test_attention import attend, exactly, make, naive
 from test_attention_backward import TILES, check
 
-from videoswin_kernels import extension
 from videoswin_kernels.cuda.attention import empty_tables, launch_window_attention
 from videoswin_kernels.cuda.attention_backward import launch_window_attention_backward
 from videoswin_kernels.ops._vectors import attention_vectors
@@ -240,20 +239,6 @@ def test_gradients_after_the_canonical_forward(dtype, run):
     inputs = [inputs[0][..., :96], inputs[1][:, :1], inputs[2][:96]]
     inputs = [value.detach().clone().requires_grad_() for value in inputs]
     check(run, inputs, PADDED, num_heads=1, scale=32**-0.5)
-
-
-@pytest.fixture
-def control():
-    """Sets how the emulator runs; as it was, afterwards."""
-    if suite.Run("cuda", "cpu") not in RUNS:
-        pytest.skip(f"no emulated attention here: {extension.why_not('_emulated')}")
-    try:
-        module = extension.control()
-    except ImportError as error:
-        pytest.skip(str(error))
-    before = module.settings()
-    yield module
-    module.set_settings(**before)
 
 
 @pytest.mark.parametrize("case", [ONE, LONG], ids=["8x7x7", "16x7x7"])

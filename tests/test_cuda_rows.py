@@ -171,20 +171,6 @@ def everything(run, dtype):
     return found
 
 
-@pytest.fixture
-def control():
-    """Sets how the emulator runs; as it was, afterwards."""
-    if suite.Run("cuda", "cpu") not in RUNS:
-        pytest.skip("no emulated kernels here")
-    try:
-        module = extension.control()
-    except ImportError as error:
-        pytest.skip(str(error))
-    before = module.settings()
-    yield module
-    module.set_settings(**before)
-
-
 ORDERS = [("forward", 0), ("backward", 0), ("newest", 0), ("random", 1), ("random", 2)]
 
 
