@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 from http_suite import running_server
 
 from model.weights import download
-from videoswin_kernels import extension
+from videoswin_kernels import extension, selection
 
 # A process beside others has a core to itself.
 BESIDE_OTHERS = "PYTEST_XDIST_WORKER" in os.environ
@@ -79,6 +79,14 @@ def control():
     before = module.settings()
     yield module
     module.set_settings(**before)
+
+
+@pytest.fixture
+def no_libraries(monkeypatch):
+    """A process whose C++ libraries are not built."""
+    missing = extension.Loaded(f"the C++ library is not built; run {extension.BUILD}", {})
+    monkeypatch.setattr(extension, "_loaded", dict.fromkeys(extension.NAMESPACES, missing))
+    monkeypatch.setattr(selection, "_decided", {})
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def backward(features, clips, tensors, parameter):
 
 
 @functools.cache
-def ours(case, dtype, kernels="auto"):
+def ours(case, dtype, kernels="reference"):
     config, tensors = golden_case(case)
     backbone = SwinTransformer3D(**config, kernels=kernels)
     backbone.load_state_dict(parameters_of(tensors))
@@ -83,19 +83,38 @@ def test_output_and_gradients_in_float32_are_within_twice_the_error_of_torchvisi
 
 # Emulated, of a minute in all the two here take two seconds.
 QUICK = ("clamped_spatial", "odd_video")
-BY_TIME = [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES]
-REASON = next(filter(None, (suite.reason_against(name, "cuda") for name in suite.OPERATORS)), "")
+BY_SET = [
+    pytest.param(case, word, marks=pytest.mark.slow if word == "cuda" and case not in QUICK else ())
+    for word in ("cuda", "cpu")
+    for case in CASES
+]
 
 
-@pytest.mark.skipif(bool(REASON), reason=REASON)
-@pytest.mark.parametrize("case", BY_TIME)
-def test_output_and_gradients_by_emulated_cuda_kernels(case):
+def skip_unless_there(kernels):
+    """Skips where a kernel set cannot run on CPU tensors."""
+    reasons = (suite.reason_against(name, kernels) for name in suite.OPERATORS)
+    if reason := next(filter(None, reasons), None):
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize(("case", "kernels"), BY_SET)
+def test_output_and_gradients_by_kernels_in_cpp(case, kernels):
+    skip_unless_there(kernels)
     _, tensors = golden_case(case)
     theirs = torchvisions(case)
     rounding = torch.finfo(torch.float32).eps
-    for key, value in ours(case, torch.float32, "cuda").items():
+    for key, value in ours(case, torch.float32, kernels).items():
         budget = 2 * error(theirs[key], tensors[key]) + rounding
         assert error(value, tensors[key]) <= budget, key
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_output_and_gradients_in_float64_by_kernels_for_processors(case):
+    skip_unless_there("cpu")
+    _, tensors = golden_case(case)
+    found = ours(case, torch.float64, "cpu")
+    worst = {key: error(value, tensors[key]) for key, value in found.items()}
+    assert max(worst.values()) < 1e-6, worst
 
 
 def test_a_table_row_moved_by_one_is_seen():
@@ -104,6 +123,6 @@ def test_a_table_row_moved_by_one_is_seen():
     parameters = parameters_of(tensors)
     name = "layers.0.blocks.1.attn.relative_position_bias_table"
     parameters[name] = parameters[name].roll(1, 0)
-    backbone = SwinTransformer3D(**config).eval().double()
+    backbone = SwinTransformer3D(**config, kernels="reference").eval().double()
     backbone.load_state_dict(parameters)
     assert error(backbone(tensors["input"].double()), tensors["output"]) > 1e-3

@@ -1,7 +1,9 @@
 """The C++ libraries beside this file, each loaded once, or remembered with the reason why not.
 
-    _ops       the kernels; of them today those in CUDA C++
+    _ops       the kernels, in C++ for processors and in CUDA C++ for GPUs
     _emulated  the same CUDA sources run on CPU tensors, for tests; a wheel does not hold it
+
+Where a function takes a name, "_ops" is the kernels for GPUs, and "_ops_cpu" those for processors.
 
 `python setup.py build_ext` writes them. Nothing here logs, warns, or loads before it is asked.
 """
@@ -22,8 +24,13 @@ import torch
 
 _FOLDER = Path(__file__).resolve().parent
 BUILD = "python setup.py build_ext"
-# Each library with the namespace of its operators in `torch.ops`.
-NAMESPACES = {"_ops": "videoswin_ops", "_emulated": "videoswin_emulated"}
+# The namespaces of operators in `torch.ops`, and the libraries that they are in.
+NAMESPACES = {
+    "_ops": "videoswin_ops",
+    "_ops_cpu": "videoswin_ops_cpu",
+    "_emulated": "videoswin_emulated",
+}
+LIBRARIES = {"_ops": "_ops", "_ops_cpu": "_ops", "_emulated": "_emulated"}
 
 
 class Loaded(NamedTuple):
@@ -62,6 +69,18 @@ def why_not_started(index: int | None) -> str | None:
                 said = ask()
             _started[index] = said and f"the C++ library cannot start on it: {said.decode()}"
         return _started[index]
+
+
+def cpu_level(level: int = -1) -> str | None:
+    """The level of x86-64 whose kernels run on CPU tensors: "baseline", "v3" or "v4".
+
+    A number from 0 chooses the level first, for the whole process, as tests and benches do; None
+    where this processor has not that one. The library must be there.
+    """
+    ask = ctypes.CDLL(str(_path("_ops_cpu"))).videoswin_cpu_level
+    ask.restype = ctypes.c_char_p
+    said = ask(level)
+    return said and said.decode()
 
 
 def build_facts(name: str) -> dict[str, Any]:
@@ -120,7 +139,7 @@ def _path(name: str) -> Path:
     That variable lets tests take one that was built with sanitizers.
     """
     named = os.environ.get("VIDEOSWIN_EMULATED") if name == "_emulated" else None
-    return Path(named).resolve() if named else _FOLDER / f"{name}.so"
+    return Path(named).resolve() if named else _FOLDER / f"{LIBRARIES[name]}.so"
 
 
 def load(path: Path, needs_cuda: bool, root: Path) -> Loaded:

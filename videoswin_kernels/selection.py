@@ -46,18 +46,16 @@ class Choice(NamedTuple):
     row: str | None
 
 
-# What runs nowhere, in words that end a sentence.
-NO_CPU = "this version has no C++ kernels for the CPU"
-
 # Order of preference for each device type and operator; `reference` is always the last.
 _CUDA = (Entry("triton"), Entry("cuda"), Entry("reference"))
 _CUDA_ATTENTION = (Entry("cuda"), Entry("triton"), Entry("reference"))
 TABLE = {
     "cuda": dict.fromkeys(OPERATORS, _CUDA) | {"window_attention": _CUDA_ATTENTION},
-    "cpu": dict.fromkeys(OPERATORS, (Entry("reference"),)),
+    "cpu": dict.fromkeys(OPERATORS, (Entry("cpu"), Entry("reference"))),
 }
 COMPILED = ("cuda", "cpu", "triton")
-# What the arithmetic of compiled kernels takes; movement takes any dtype.
+# What the arithmetic of kernels for GPUs takes; movement takes any dtype, as do all operators of
+# those floating-point ones on a processor.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_WIDTHS = (16, 32, 64)
 # The widest rows that the CUDA C++ kernels normalise: where 8 divides a token's channels, and else.
@@ -127,11 +125,19 @@ def reason_against(kernels: str, call: Call) -> str | None:
     """Why a kernel set cannot run a call here, in words that end a sentence; None if it can."""
     if kernels == "reference":
         return None
+    if call.has_dropout:
+        return "its kernels have no dropout of attention weights, got dropout above 0"
     if kernels == "cpu":
-        return NO_CPU
+        return _against_cpu(call)
     return _against_arithmetic(call) or {"triton": _against_triton, "cuda": _against_cuda}[kernels](
         call
     )
+
+
+def _against_cpu(call: Call) -> str | None:
+    if call.device_type not in ("cpu", "meta"):
+        return f"C++ kernels for processors run on CPU tensors, got {call.device_type}"
+    return None if call.device_type == "meta" else extension.why_not("_ops_cpu")
 
 
 def _against_arithmetic(call: Call) -> str | None:
@@ -142,13 +148,10 @@ def _against_arithmetic(call: Call) -> str | None:
         if dtype not in DTYPES:
             names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
             return f"its kernels take {names}, got {str(dtype).removeprefix('torch.')}"
-    if call.operator == "window_attention":
-        if call.head_width not in HEAD_WIDTHS:
-            widths = ", ".join(map(str, HEAD_WIDTHS))
-            got = "another" if call.head_width is None else call.head_width
-            return f"its kernels take a head width of {widths} channels, got {got}"
-        if call.has_dropout:
-            return "its kernels have no dropout of attention weights, got dropout above 0"
+    if call.operator == "window_attention" and call.head_width not in HEAD_WIDTHS:
+        widths = ", ".join(map(str, HEAD_WIDTHS))
+        got = "another" if call.head_width is None else call.head_width
+        return f"its kernels take a head width of {widths} channels, got {got}"
     return None
 
 

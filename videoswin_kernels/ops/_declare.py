@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 from videoswin_kernels.ops._vectors import warm
 
 # The kernel sets that are there, with the dispatch keys they serve.
-KERNEL_SETS = {"triton": ("CUDA", "CPU"), "cuda": ("CUDA", "CPU")}
+KERNEL_SETS = {"triton": ("CUDA", "CPU"), "cuda": ("CUDA", "CPU"), "cpu": ("CPU",)}
 NAMESPACES = {kernels: getattr(torch.ops, f"videoswin_{kernels}") for kernels in KERNEL_SETS}
 # Held for the life of the process: an operator goes with its library.
 _LIBRARIES = {

@@ -1,0 +1,133 @@
+// LayerNorm of a row and its gradient, and the sums of its gradients over rows.
+//
+// Rows are widened into scratch memory of whole vectors, with zeros after the last channel.
+#pragma once
+
+#include "rows.h"
+
+namespace videoswin::cpu::VIDEOSWIN_LEVEL {
+
+constexpr int64_t NORM_ALIGNMENT = 128;
+// Rows that are added up before the sums go on in double.
+constexpr int64_t ROWS_OF_A_SUM = 32;
+
+// The sum of f(i) over whole vectors, in four chains.
+template <typename Real, typename F>
+inline Real sum_over(int64_t width, const F& f) {
+  constexpr int64_t lanes = LANES<Real>;
+  Vector<Real> sums[4] = {};
+  for (int64_t i = 0; i < width; i += 4 * lanes)
+    for (int part = 0; part < 4; ++part)
+      if (i + part * lanes < width) sums[part] += f(i + part * lanes);
+  return sum_of<Real>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+template <typename Real>
+class NormRow {
+ public:
+  // Takes 4 of the 8 arrays that norm_scratch_bytes() counts; `rest` are the others.
+  NormRow(const Norm& norm, char* scratch)
+      : norm_(norm),
+        whole_((norm.width + LANES<Real> - 1) / LANES<Real> * LANES<Real>),
+        stride_((norm.width + NORM_ALIGNMENT - 1) / NORM_ALIGNMENT * NORM_ALIGNMENT),
+        memory_(reinterpret_cast<Real*>(scratch)) {
+    fill(memory_, Real(0), 8 * stride_);
+    widen(array(2), norm.weight, 0, norm.width);
+    if (norm.bias.data) widen(array(3), norm.bias, 0, norm.width);
+  }
+
+  Real* array(int number) const { return memory_ + number * stride_; }
+  // The row, and what is made of it.
+  Real* row() const { return array(0); }
+  Real* result() const { return array(1); }
+
+  // result = (row - mean) / deviation * weight + bias; the moments go to their places.
+  void normalise(int64_t number) const {
+    Real* const x = row();
+    const Real count = static_cast<Real>(norm_.width);
+    fill(x + norm_.width, Real(0), whole_ - norm_.width);
+    const Real mean = sum_over<Real>(whole_, [&](int64_t i) { return load(x + i); }) / count;
+    // What stands after the last channel differs from it by nothing.
+    fill(x + norm_.width, mean, whole_ - norm_.width);
+    const Real sum = sum_over<Real>(whole_, [&](int64_t i) {
+      const Vector<Real> difference = load(x + i) - splat(mean);
+      return difference * difference;
+    });
+    const Real rstd = 1 / root(sum / count + static_cast<Real>(norm_.eps));
+    static_cast<Real*>(norm_.mean)[number] = mean;
+    static_cast<Real*>(norm_.rstd)[number] = rstd;
+    for (int64_t i = 0; i < whole_; i += LANES<Real>)
+      store(result() + i,
+            (load(x + i) - splat(mean)) * splat(rstd) * load(array(2) + i) + load(array(3) + i));
+  }
+
+  // Of the gradient of a result, in its place, that of the row, in that of the row; and if wanted
+  // what weight and bias get of it is added to arrays 4 and 5.
+  void differentiate(int64_t number, bool needs_row, bool needs_affine) const {
+    const Real mean = static_cast<const Real*>(norm_.mean)[number];
+    const Real rstd = static_cast<const Real*>(norm_.rstd)[number];
+    Real *const x = row(), *const grad = result();
+    fill(x + norm_.width, mean, whole_ - norm_.width);
+    for (int64_t i = 0; i < whole_; i += LANES<Real>) {
+      const Vector<Real> normed = (load(x + i) - splat(mean)) * splat(rstd);
+      store(x + i, normed);
+      if (!needs_affine) continue;
+      store(array(4) + i, load(array(4) + i) + load(grad + i) * normed);
+      store(array(5) + i, load(array(5) + i) + load(grad + i));
+    }
+    if (!needs_row) return;
+    const Real* const weight = array(2);
+    const Real count = static_cast<Real>(norm_.width);
+    const Real sum =
+        sum_over<Real>(whole_, [&](int64_t i) { return load(grad + i) * load(weight + i); });
+    const Real product = sum_over<Real>(
+        whole_, [&](int64_t i) { return load(grad + i) * load(weight + i) * load(x + i); });
+    const Vector<Real> first = splat(sum / count), second = splat(product / count);
+    for (int64_t i = 0; i < whole_; i += LANES<Real>) {
+      const Vector<Real> own = load(grad + i) * load(weight + i) - first - load(x + i) * second;
+      store(x + i, own * splat(rstd));
+    }
+  }
+
+  // Moves the sums of arrays 4 and 5 to those of a chunk, [2, width].
+  void add_sums(double* partial) const {
+    for (int which = 0; which < 2; ++which) {
+      Real* const sums = array(4 + which);
+      for (int64_t i = 0; i < norm_.width; ++i) partial[which * norm_.width + i] += sums[i];
+      fill(sums, Real(0), whole_);
+    }
+  }
+
+ private:
+  static float root(float x) { return __builtin_sqrtf(x); }
+  static double root(double x) { return __builtin_sqrt(x); }
+
+  const Norm& norm_;
+  const int64_t whole_, stride_;
+  Real* const memory_;
+};
+
+// Rows of a chunk, and after each `ROWS_OF_A_SUM` of them their sums.
+template <typename Real, typename F>
+inline void differentiate_rows(const Norm& norm, const AffineGradients& affine,
+                               const Workers& workers, const F& f) {
+  const int64_t chunks = norm_chunks(norm.rows, norm.width);
+  for_each_chunk(workers, chunks, [&](int64_t chunk, char* scratch) {
+    const NormRow<Real> row(norm, scratch);
+    double* const partial = affine.partial ? affine.partial + chunk * 2 * norm.width : nullptr;
+    if (partial) fill(partial, 0.0, 2 * norm.width);
+    const int64_t begin = chunk * norm.rows / chunks, end = (chunk + 1) * norm.rows / chunks;
+    for (int64_t number = begin; number < end; ++number) {
+      f(row, number);
+      const bool is_last = number + 1 == end || (number + 1 - begin) % ROWS_OF_A_SUM == 0;
+      if (partial && is_last) row.add_sums(partial);
+    }
+  });
+  if (!affine.partial) return;
+  const auto write = [&](int64_t which, int64_t channel, double sum) {
+    static_cast<Real*>(which == 0 ? affine.weight : affine.bias)[channel] = static_cast<Real>(sum);
+  };
+  add_chunks(workers, affine.partial, chunks, 2, norm.width, write);
+}
+
+}  // namespace videoswin::cpu::VIDEOSWIN_LEVEL
