@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 if not __package__:
@@ -18,14 +19,13 @@ if not __package__:
 
 import torch
 
-from bench import floors
+from bench import allocators, floors, harness
 from bench.attention_options import DTYPES, PRESETS, Setting, parse, settings
 from bench.attention_peers import Problem
 from bench.attention_providers import MAKERS, Judge, differentiate, refusal
-from bench.harness import Rows, clocks, header, measure, peak_memory
-from bench.rows import cell
+from bench.harness import Rows, clocks, measure, peak_memory
 from videoswin_kernels import window_attention
-from videoswin_kernels.selection import UnavailableError, explain
+from videoswin_kernels.selection import explain
 
 COLUMNS = {
     "stage": "stage",
@@ -60,27 +60,17 @@ def prepare(provider: str, problem: Problem, direction: str) -> Callable[[], obj
 def attempt(provider: str, problem: Problem, judge: Judge, direction: str) -> tuple:
     """(the function to be timed, or None, and the items of its row that are known by then)."""
     with_gradients = direction != "forward"
-    try:
+
+    def make() -> tuple:
         reason = refusal(provider, problem, with_gradients)
         if reason is not None:
             return None, {"reason": reason}
         wrong, off = judge.check(provider, with_gradients)
         if wrong is not None:
             return None, {"wrong": wrong, "error": off}
-        function = prepare(provider, problem, direction)
-        function()
-        if problem.qkv.is_cuda:
-            # A fault of this provider shall show here, not as one of the next.
-            torch.cuda.synchronize()
-    except UnavailableError as refused:
-        return None, {"reason": str(refused)}
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return None, {"reason": "out of memory"}
-    except Exception as fault:  # Whatever it is, the others shall be measured.
-        said = str(fault).strip().splitlines() or [""]
-        return None, {"failed": f"{type(fault).__name__}: {said[0]}", "fault": fault}
-    return function, {"error": off}
+        return prepare(provider, problem, direction), {"error": off}
+
+    return harness.attempt(make, problem.qkv.device)
 
 
 def compare(
@@ -112,20 +102,15 @@ def compare(
     for provider, (function, items) in attempts.items():
         row = {**setting.key, "direction": direction, "provider": provider, **items}
         if function:
-            ms, low, high, count = timings[provider]
-            peak = peak_memory(function, device)
+            ms = timings[provider].median
             row.update(
-                ms=ms,
-                low=low,
-                high=high,
-                count=count,
-                spread=f"{cell(low)}-{cell(high)}",
+                timings[provider].items,
                 tflops=sum(work.flops for work in works) / ms / 1e9,
                 floor_ms=floor_ms,
                 floor_bound=bound,
                 floor_percent=100 * floor_ms / ms,
                 ceilings=ceilings.source,
-                peak_mb=None if peak is None else peak / 1e6,
+                peak_mb=peak_memory(function, device) / 1e6,
                 times_eager=timings["eager"].median / ms if "eager" in timings else None,
                 clocks_after=clocks_after,
             )
@@ -143,8 +128,8 @@ def find_ceilings(rows: Rows, device: torch.device, dtype: str, seconds: float) 
     return floors.Ceilings(*(row[name] for name in floors.Ceilings._fields))
 
 
-def run(options: argparse.Namespace, rows: Rows) -> tuple[int, int]:
-    """Appends every row that is not there yet; (how many are wrong or failed, how many are left).
+def run(options: argparse.Namespace, rows: Rows) -> int:
+    """Appends every row that is not there yet; the exit status.
 
     What is left when the minutes are over is counted in settings and directions.
     """
@@ -173,25 +158,25 @@ def run(options: argparse.Namespace, rows: Rows) -> tuple[int, int]:
                     rows.append(row)
             done = f"stage {setting.number}, {'shifted, ' * setting.shifted}{direction}: done"
             print(done, file=sys.stderr, flush=True)
-    return bad, left
+    if left:
+        said = f"{left} settings are left after {options.minutes} minutes; the same command, with\n"
+        print(f"{said}the same --json FILE, continues", file=sys.stderr)
+    if bad:
+        print(f"{bad} rows are wrong or failed", file=sys.stderr)
+    return int(bad > 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the bench and prints its table; the exit status."""
     options = parse(arguments, __doc__.partition("\n")[0])
-    rows = Rows(options.json, header(options.device))
+    rows, status = allocators.conduct(__file__, arguments, options, partial(run, options))
     print("  ".join(f"{name} {item}" for name, item in rows.header.items() if item is not None))
     example = torch.empty(0, dtype=DTYPES[options.dtype], device=options.device)
     choice = explain(window_attention, example)
     print(f"kernels='auto' is {choice.kernels} here: {choice.reason}")
-    bad, left = run(options, rows)
-    print(rows.table(COLUMNS, {"bench": "attention", "preset": options.preset}))
-    if left:
-        print(f"{left} settings are left after {options.minutes} minutes; the same command, with")
-        print("the same --json FILE, continues")
-    if bad:
-        print(f"{bad} rows are wrong or failed", file=sys.stderr)
-    return int(bad > 0)
+    columns = allocators.with_state(COLUMNS, options)
+    print(rows.table(columns, {"bench": "attention", "preset": options.preset}))
+    return status
 
 
 if __name__ == "__main__":

@@ -16,15 +16,13 @@ from videoswin_kernels.selection import UnavailableError
 
 # Kernel sets by name: each may refuse to run here.
 NAMED = ("triton", "cuda", "cpu")
-# Those that run on a CPU for tests alone.
+# Those that run on a CPU for tests alone, and what is said of an operator's.
 NOT_TIMED = {
     "triton": (
-        "window_attention: kernels='triton' is interpreted here, as TRITON_INTERPRET is set, "
+        "{}: kernels='triton' is interpreted here, as TRITON_INTERPRET is set, "
         "and interpreted kernels are not timed"
     ),
-    "cuda": (
-        "window_attention: kernels='cuda' is emulated here, and emulated kernels are not timed"
-    ),
+    "cuda": "{}: kernels='cuda' is emulated here, and emulated kernels are not timed",
 }
 JUDGED = ("qkv", "bias_table", "pad_qkv")
 
@@ -69,9 +67,14 @@ def refusal(provider: str, problem: Problem, needs_grad: bool) -> str | None:
             out.sum().backward()
     except UnavailableError as refused:
         return str(refused)
-    if qkv.is_cuda:
+    return not_timed("window_attention", provider, qkv.device)
+
+
+def not_timed(operator: str, kernels: str, device: torch.device) -> str | None:
+    """Why the times of kernels that can run here would mean nothing; None if they do."""
+    if device.type != "cpu" or kernels not in NOT_TIMED:
         return None
-    return NOT_TIMED.get(provider)
+    return NOT_TIMED[kernels].format(operator)
 
 
 def differentiate(

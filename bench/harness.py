@@ -5,18 +5,24 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import time
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from math import ceil
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from bench.machine import clocks as clocks
 from bench.machine import header as header
 from bench.rows import Rows as Rows
+from bench.rows import cell
+from videoswin_kernels.selection import UnavailableError
 
 # Calls before the first that counts: on a GPU as many as 0.5 s take, so that clocks have risen.
 WARM_CALLS = {"cuda": 3, "cpu": 1}
@@ -37,6 +43,38 @@ class Timing(NamedTuple):
     low: float
     high: float
     count: int
+
+    @property
+    def items(self) -> dict:
+        """The items of a row."""
+        spread = f"{cell(self.low)}-{cell(self.high)}"
+        return dict(ms=self.median, low=self.low, high=self.high, count=self.count, spread=spread)
+
+
+def attempt(
+    make: Callable[[], tuple[Callable[[], object] | None, dict]], device: torch.device
+) -> tuple[Callable[[], object] | None, dict]:
+    """(the function to be timed, called once, and items of its row) as `make` returns them.
+
+    Where that fails, None and the items that say why: "reason" for what cannot run here; "failed",
+    with the exception under "fault", for anything else.
+    """
+    try:
+        function, items = make()
+        if function:
+            function()
+            if device.type == "cuda":
+                # A fault of this provider shall show here, not as one of the next.
+                torch.cuda.synchronize(device)
+    except UnavailableError as refused:
+        return None, {"reason": str(refused)}
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None, {"reason": "out of memory"}
+    except Exception as fault:  # Whatever it is, the others shall be measured.
+        said = str(fault).strip().splitlines() or [""]
+        return None, {"failed": f"{type(fault).__name__}: {said[0]}", "fault": fault}
+    return function, items
 
 
 def measure(
@@ -154,11 +192,23 @@ class _Events:
         return self._between(function)
 
 
-def peak_memory(function: Callable[[], object], device: torch.device | str) -> int | None:
-    """Bytes of device memory that a call needed beyond those held before it; None on a CPU."""
+def peak_memory(function: Callable[[], object], device: torch.device | str) -> int:
+    """Bytes of tensors that a call needed beyond those held before it.
+
+    On a CPU as torch's profiler sees them: what a library takes from the system is not among them,
+    and what the call frees of those held before makes no room.
+    """
     device = torch.device(device)
+    gc.collect()
     if device.type != "cuda":
-        return None
+        # It logs its beginning and end of each call, in lines above any level that has a name.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            function()
+        events = profiled.profiler.kineto_results.events()
+        changes = [event for event in events if event.name() == "[memory]"]
+        changes.sort(key=lambda event: event.start_ns())
+        return max(accumulate((change.nbytes() for change in changes), initial=0))
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

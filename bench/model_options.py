@@ -6,21 +6,22 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 
-from bench.harness import Rows, Timing, clocks, measure, peak_memory
-from bench.model_providers import PRESETS, PROVIDERS, AbsentError
-from bench.rows import cell
+from bench import allocators
+from bench.harness import Rows, Timing, attempt, clocks, measure, peak_memory
+from bench.model_providers import PRECISIONS, PRESETS, PROVIDERS
 from model.variants import VARIANTS
-from videoswin_kernels.selection import UnavailableError
 
+MODES = ("eager", "compiled")
 COLUMNS = {
     "model": "model",
     "mode": "mode",
+    "precision": "precision",
     "batch": "clips",
     "provider": "provider",
-    "precision": "precision",
     "ms": "median ms",
     "spread": "20-80 %",
     "clips_per_s": "clips/s",
@@ -30,53 +31,54 @@ COLUMNS = {
 }
 
 
-def parser_of(description: str) -> argparse.ArgumentParser:
-    """The options that the benches of whole models share."""
+def parse(
+    description: str, words: Sequence[str] | None, modes: Sequence[str]
+) -> argparse.Namespace:
+    """The options that the benches of whole models share; `modes` are a GPU's unless it is told."""
     parser = argparse.ArgumentParser(description=description)
     found = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=found)
     parser.add_argument("--preset", choices=PRESETS, help="default: full on a GPU, small on a CPU")
     parser.add_argument("--models", nargs="+", choices=VARIANTS, help="default: the preset's")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
-    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"))
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="on a CPU default: eager")
+    help = "bfloat16 is autocast to it; default: bfloat16 on a GPU, float32 on a CPU"
+    parser.add_argument("--precision", choices=PRECISIONS, help=help)
     parser.add_argument("--batch", type=int, help="clips at a time; default: that of the preset")
     parser.add_argument("--json", metavar="FILE", help="rows are added; continues")
     parser.add_argument("--minutes", type=float, help="begin nothing new after this time")
-    return parser
+    allocators.add_option(parser)
+    options = parser.parse_args(words)
+    is_cuda = options.device == "cuda"
+    options.preset = options.preset or ("full" if is_cuda else "small")
+    options.precision = options.precision or ("bfloat16" if is_cuda else "float32")
+    options.modes = options.modes or (modes if is_cuda else MODES[:1])
+    allocators.settle(parser, options)
+    return options
 
 
 def compare(key: dict, make: Callable, providers: Iterable[str], device: torch.device) -> list:
     """A row for each provider, timed in turn; `make(provider)` is (function, items of its row)."""
     found, functions = {}, {}
     for provider in providers:
-        try:
-            function, found[provider] = make(provider)
-            if function:
-                function()
-                functions[provider] = function
-        except (UnavailableError, AbsentError) as refusal:
-            found[provider] = {"reason": str(refusal)}
-        except torch.OutOfMemoryError:
-            found[provider] = {"reason": "out of memory"}
-            torch.cuda.empty_cache()
-        except torch.AcceleratorError:
+        function, items = found[provider] = attempt(partial(make, provider), device)
+        if isinstance(fault := items.pop("fault", None), torch.AcceleratorError):
             # Nothing after it can run on this device in this process.
-            raise
-        except Exception as fault:  # The others shall be measured.
-            said = (str(fault).strip().splitlines() or [""])[0]
-            found[provider] = {"failed": f"{type(fault).__name__}: {said}"}
+            raise fault
+        if function:
+            functions[provider] = function
     timings = measure(functions, device, seconds=4.0 if device.type == "cuda" else 0.5, least=3)
     after, rows = clocks(device), []
-    latencies = latency(functions, device) if key["batch"] == 1 else {}
-    for provider, items in found.items():
+    is_waited_for = key["batch"] == 1
+    latencies = latency(functions, device) if is_waited_for and device.type == "cuda" else timings
+    for provider, (function, items) in found.items():
         row = {**key, "provider": provider, **items}
-        if provider in timings:
-            ms, low, high, count = timings[provider]
-            peak = peak_memory(functions[provider], device)
-            row |= {"ms": ms, "low": low, "high": high, "count": count, "clocks_after": after}
-            row |= {"spread": f"{cell(low)}-{cell(high)}", "clips_per_s": key["batch"] / ms * 1e3}
-            row["peak_mb"] = None if peak is None else peak / 1e6
-            row["latency_ms"] = latencies[provider].median if latencies else None
+        if function:
+            ms = timings[provider].median
+            row |= {**timings[provider].items, "clips_per_s": key["batch"] / ms * 1e3}
+            row["peak_mb"] = peak_memory(function, device) / 1e6
+            row["latency_ms"] = latencies[provider].median if is_waited_for else None
+            row["clocks_after"] = after
             if "reference" in timings:
                 row["times_reference"] = timings["reference"].median / ms
         rows.append(row)
@@ -84,19 +86,36 @@ def compare(key: dict, make: Callable, providers: Iterable[str], device: torch.d
 
 
 def latency(functions: Mapping[str, Callable], device: torch.device) -> dict[str, Timing]:
-    """How long a user waits for each, the launching of its kernels included."""
+    """How long a user of a GPU waits for each, the launching of its kernels included."""
 
     def waited(function: Callable) -> Callable:
         def call() -> None:
             function()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            torch.cuda.synchronize(device)
 
         return call
 
     # By the clock of the host, as on a CPU.
     together = {name: waited(function) for name, function in functions.items()}
-    return measure(together, "cpu", seconds=2.0 if device.type == "cuda" else 0.5, least=3)
+    return measure(together, "cpu", seconds=2.0, least=3)
+
+
+def conduct(
+    bench: str,
+    script: str,
+    words: Sequence[str] | None,
+    options: argparse.Namespace,
+    groups: Sequence[dict],
+    measured: Callable[[dict, argparse.Namespace], list[dict]],
+) -> int:
+    """Measures the groups, in each state of the allocator, and prints the table; exit status."""
+
+    def fill(rows: Rows) -> int:
+        return run(bench, groups, lambda group: measured(group, options), rows, options)
+
+    rows, status = allocators.conduct(script, words, options, fill)
+    print(rows.table(allocators.with_state(COLUMNS, options), {"bench": bench}))
+    return status
 
 
 def run(
@@ -106,7 +125,7 @@ def run(
     rows: Rows,
     options: argparse.Namespace,
 ) -> int:
-    """Appends the rows of each group that has not all of them; prints the table; exit status."""
+    """Appends the rows of each group that has not all of them; exit status."""
     began, bad, left = time.monotonic(), 0, 0
     for group in groups:
         key = {"bench": bench, **group}
@@ -121,7 +140,6 @@ def run(
         print(*group.values(), file=sys.stderr, flush=True)
         if options.device == "cuda":
             torch.cuda.empty_cache()
-    print(rows.table(COLUMNS, {"bench": bench}))
     if left:
-        print(f"{left} groups are left after {options.minutes} minutes")
+        print(f"{left} groups are left after {options.minutes} minutes", file=sys.stderr)
     return int(bad > 0)

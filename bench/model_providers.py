@@ -14,10 +14,13 @@ from torch.nn import functional as F
 
 from bench.harness import error
 from model import create
+from videoswin_kernels.selection import UnavailableError
 
 PROVIDERS = ("reference", "fused", "torchvision")
 THEIRS = {"swin_t": "swin3d_t", "swin_s": "swin3d_s", "swin_b": "swin3d_b"}
 CLASSES = 400
+# What the models compute in: bfloat16 under autocast.
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Preset(NamedTuple):
@@ -30,25 +33,22 @@ class Preset(NamedTuple):
 
 PRESETS = {
     "full": Preset(("swin_t", "swin_b"), (3, 32, 224, 224), 8),
-    # For a CPU, and for the benches' own tests.
+    # A CPU's: one clip.
+    "clip": Preset(("swin_t",), (3, 32, 224, 224), 1),
+    # For the benches' own tests.
     "small": Preset(("swin_nano",), (3, 8, 32, 32), 2),
 }
 
 
-class AbsentError(RuntimeError):
+class AbsentError(UnavailableError):
     """A provider that is not here: one sentence."""
 
 
-def precision(device: torch.device) -> torch.dtype:
-    """What the models compute in: autocast to bfloat16 on a GPU, float32 on a CPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def mixed(device: torch.device) -> contextlib.AbstractContextManager:
-    """The context that the models are called in."""
-    if device.type != "cuda":
+def mixed(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """The context that the models are called in: autocast, but for float32."""
+    if precision == "float32":
         return contextlib.nullcontext()
-    return torch.autocast("cuda", torch.bfloat16)
+    return torch.autocast(device.type, PRECISIONS[precision])
 
 
 def build(name: str, provider: str, device: torch.device) -> nn.Module:
@@ -94,8 +94,15 @@ def answer(model: nn.Module, clips: Tensor, labels: Tensor | None) -> dict[str, 
 class Judge:
     """What one clip gives in float64, and what plain PyTorch gives in the precision at hand."""
 
-    def __init__(self, reference: nn.Module, clips: Tensor, labels: Tensor | None) -> None:
-        self.clips, self.labels, self.device = clips[:1], None, clips.device
+    def __init__(
+        self,
+        reference: nn.Module,
+        clips: Tensor,
+        labels: Tensor | None,
+        precision: str = "float32",
+    ) -> None:
+        self.clips, self.labels, self.precision = clips[:1], None, precision
+        self.eps = torch.finfo(PRECISIONS[precision]).eps
         if labels is not None:
             self.labels = labels[:1]
         wide = copy.deepcopy(reference).double()
@@ -104,7 +111,7 @@ class Judge:
 
     def errors(self, model: nn.Module) -> dict[str, float]:
         """The error of each result."""
-        with mixed(self.device):
+        with mixed(self.clips.device, self.precision):
             got = answer(model, self.clips, self.labels)
         return {name: error(got[name], exact) for name, exact in self.exact.items()}
 
@@ -113,7 +120,7 @@ class Judge:
 
         The budget: twice the error of plain PyTorch, and one rounding.
         """
-        errors, rounding = self.errors(model), torch.finfo(precision(self.device)).eps / 2
+        errors, rounding = self.errors(model), self.eps / 2
         allowed = {name: 2 * self.naive[name] + rounding for name in errors}
         wrong = [
             f"{name}: off by {off:.1e}, {allowed[name]:.1e} is allowed"
@@ -124,10 +131,10 @@ class Judge:
 
     def agree(self, model: nn.Module, compiled: nn.Module, clips: Tensor) -> dict:
         """What is wrong with the logits of a compiled model, beside those it has uncompiled."""
-        with torch.no_grad(), mixed(self.device):
+        with torch.no_grad(), mixed(clips.device, self.precision):
             off = error(compiled(clips), model(clips))
         # Both may have their own error, and each that of the budget.
-        allowed = 4 * self.naive["logits"] + 2 * torch.finfo(precision(self.device)).eps
+        allowed = 4 * self.naive["logits"] + 2 * self.eps
         if off <= allowed:
             return {}
         return {"wrong": f"compiled logits: off by {off:.1e}, {allowed:.1e} is allowed"}

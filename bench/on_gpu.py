@@ -29,6 +29,7 @@ STAGES = {
     "sanitize": sanitize.stage,
     "ceilings": scripts(["ceilings"]),
     "attention": scripts(["attention", "--direction", "both", "--shifted", "both"]),
+    "operators": scripts(["operators"]),
     "model": scripts(["whole_model"]),
     "step": scripts(["train_step"]),
     "tune": tune,

@@ -14,6 +14,7 @@ stages
   sanitize    compute-sanitizer's four tools on small shapes
   ceilings    what this card reaches: copy, matrix products, exponentials, shared memory
   attention   bench/attention.py, all stages, shifted and not, forward and backward
+  operators   the operators beside attention, forward and backward
   model       whole models, forward
   step        training steps
   tune FILE   variants of the Triton attention, which FILE lists; see bench/tune.py
@@ -40,7 +41,7 @@ case "${1:-}" in
     -h | --help) usage; exit 0 ;;
     "") usage >&2; refuse "STAGE is missing" ;;
 esac
-stages="smoke suite sanitize ceilings attention model step tune"
+stages="smoke suite sanitize ceilings attention operators model step tune"
 [[ " $stages " == *" $1 "* ]] || refuse "no stage is called $1; there are $stages"
 stage=$1
 case "${2:-}" in

@@ -21,13 +21,14 @@ class Rows:
     Args:
         path: the file of JSON lines, made where it is missing; None keeps the rows in memory.
         header: as `bench.harness.header` returns it.
+        same: items in which a row of the file must be like the header to be taken.
 
     Raises:
         ValueError: a line of the file is no JSON object, and it is not a last one cut short.
     """
 
-    def __init__(self, path: str | Path | None, header: dict) -> None:
-        self.path = Path(path) if path is not None else None
+    def __init__(self, path: str | Path | None, header: dict, same: Sequence[str] = SAME) -> None:
+        self.path, self.same = Path(path) if path is not None else None, same
         self.header = json.loads(json.dumps(header))
         self._rows: list[dict] = []
         if self.path is not None and self.path.exists():
@@ -52,7 +53,7 @@ class Rows:
         return rows
 
     def _is_ours(self, row: dict) -> bool:
-        return all(row.get(name) == self.header.get(name) for name in SAME)
+        return all(row.get(name) == self.header.get(name) for name in self.same)
 
     def find(self, key: dict) -> dict | None:
         """The last row of this card and commit with all items of `key`; None if there is none.

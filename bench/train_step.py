@@ -1,8 +1,8 @@
 """One training step: forward, loss, backward, AdamW; clips a second and memory.
 
 `python bench/train_step.py [--device cpu] [--json FILE]`. Fresh weights, the same for all, nothing
-dropped; bfloat16 autocast and fused AdamW on a GPU. A provider's gradients of one clip are compared
-with float64 before it is timed.
+dropped; bfloat16 autocast and fused AdamW on a GPU, float32 on a CPU unless `--precision` says
+more. A provider's gradients of one clip are compared with float64 before it is timed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ if not __package__:
 import torch
 from torch.nn import functional as F
 
-from bench.harness import Rows, header
-from bench.model_options import compare, parser_of, run
-from bench.model_providers import PRESETS, Judge, build, mixed, precision, random_clips
+from bench.model_options import MODES, compare, conduct, parse
+from bench.model_providers import PRESETS, Judge, build, mixed, random_clips
 
 
 def groups(options: argparse.Namespace) -> list[dict]:
@@ -28,22 +27,29 @@ def groups(options: argparse.Namespace) -> list[dict]:
     preset = PRESETS[options.preset]
     batch = options.batch or preset.batch
     return [
-        {"model": model, "mode": mode, "batch": batch, "clip": preset.clip}
-        for mode in options.modes or ("eager",)
+        {
+            "model": model,
+            "mode": mode,
+            "precision": options.precision,
+            "batch": batch,
+            "clip": preset.clip,
+        }
+        for mode in options.modes
         for model in options.models or preset.models
     ]
 
 
 def measured(group: dict, options: argparse.Namespace) -> list[dict]:
     """The rows of a group."""
-    device = torch.device(options.device)
+    device, precision = torch.device(options.device), group["precision"]
     clips, labels = random_clips(group["batch"], group["clip"], device)
-    judge = Judge(build(group["model"], "reference", device).train(), clips, labels)
+    reference = build(group["model"], "reference", device).train()
+    judge = Judge(reference, clips, labels, precision)
     torch._dynamo.reset()
 
     def make(provider: str) -> tuple[Callable | None, dict]:
         model = build(group["model"], provider, device).train()
-        items = {"precision": str(precision(device)).removeprefix("torch."), **judge.check(model)}
+        items = judge.check(model)
         if "wrong" in items:
             return None, items
         is_fused = device.type == "cuda"
@@ -56,7 +62,7 @@ def measured(group: dict, options: argparse.Namespace) -> list[dict]:
                 return None, items
 
         def step() -> torch.Tensor:
-            with mixed(device):
+            with mixed(device, precision):
                 loss = F.cross_entropy(called(clips), labels)
             loss.backward()
             optimizer.step()
@@ -69,10 +75,8 @@ def measured(group: dict, options: argparse.Namespace) -> list[dict]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    options = parser_of(__doc__.partition("\n")[0]).parse_args(words)
-    options.preset = options.preset or ("full" if options.device == "cuda" else "small")
-    rows = Rows(options.json, header(options.device))
-    return run("step", groups(options), lambda group: measured(group, options), rows, options)
+    options = parse(__doc__.partition("\n")[0], words, MODES[:1])
+    return conduct("step", __file__, words, options, groups(options), measured)
 
 
 if __name__ == "__main__":

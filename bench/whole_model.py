@@ -1,8 +1,9 @@
 """Whole models, forward: clips a second, latency of one clip, memory; eager and compiled.
 
 `python bench/whole_model.py [--device cpu] [--json FILE]`. Fresh weights, the same for all;
-bfloat16 autocast on a GPU. A provider is compared with float64 on one clip before it is timed. A
-time is that of the device; the latency of one clip is what a user waits, launches included.
+bfloat16 autocast on a GPU, float32 on a CPU unless `--precision` says more. A provider is compared
+with float64 on one clip before it is timed. A time is that of the device; the latency of one clip
+is what a user waits, launches included.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ if not __package__:
 
 import torch
 
-from bench.harness import Rows, header
-from bench.model_options import compare, parser_of, run
-from bench.model_providers import PRESETS, Judge, build, mixed, precision, random_clips
+from bench.model_options import MODES, compare, conduct, parse
+from bench.model_providers import PRESETS, Judge, build, mixed, random_clips
 
 
 def groups(options: argparse.Namespace) -> list[dict]:
@@ -27,8 +27,14 @@ def groups(options: argparse.Namespace) -> list[dict]:
     preset = PRESETS[options.preset]
     batches = dict.fromkeys((options.batch or preset.batch, 1))
     return [
-        {"model": model, "mode": mode, "batch": batch, "clip": preset.clip}
-        for mode in options.modes or ("eager", "compiled")
+        {
+            "model": model,
+            "mode": mode,
+            "precision": options.precision,
+            "batch": batch,
+            "clip": preset.clip,
+        }
+        for mode in options.modes
         for model in options.models or preset.models
         for batch in batches
     ]
@@ -36,15 +42,16 @@ def groups(options: argparse.Namespace) -> list[dict]:
 
 def measured(group: dict, options: argparse.Namespace) -> list[dict]:
     """The rows of a group."""
-    device = torch.device(options.device)
+    device, precision = torch.device(options.device), group["precision"]
     clips, _ = random_clips(group["batch"], group["clip"], device)
-    judge = Judge(build(group["model"], "reference", device).eval(), clips, None)
+    reference = build(group["model"], "reference", device).eval()
+    judge = Judge(reference, clips, None, precision)
     # Else the graphs of many models count as those of one that is compiled too often.
     torch._dynamo.reset()
 
     def make(provider: str) -> tuple[Callable | None, dict]:
         model = build(group["model"], provider, device).eval()
-        items = {"precision": str(precision(device)).removeprefix("torch."), **judge.check(model)}
+        items = judge.check(model)
         if "wrong" in items:
             return None, items
         called = model
@@ -57,7 +64,7 @@ def measured(group: dict, options: argparse.Namespace) -> list[dict]:
                 return None, items
 
         def forward() -> torch.Tensor:
-            with torch.inference_mode(), mixed(device):
+            with torch.inference_mode(), mixed(device, precision):
                 return called(clips)
 
         return forward, items
@@ -66,10 +73,8 @@ def measured(group: dict, options: argparse.Namespace) -> list[dict]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    options = parser_of(__doc__.partition("\n")[0]).parse_args(words)
-    options.preset = options.preset or ("full" if options.device == "cuda" else "small")
-    rows = Rows(options.json, header(options.device))
-    return run("model", groups(options), lambda group: measured(group, options), rows, options)
+    options = parse(__doc__.partition("\n")[0], words, MODES)
+    return conduct("model", __file__, words, options, groups(options), measured)
 
 
 if __name__ == "__main__":

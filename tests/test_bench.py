@@ -12,15 +12,19 @@ import pytest
 import torch
 from operator_suite import random
 
-from bench import attention, attention_providers, floors, harness, machine
+from bench import allocators, attention, attention_providers, floors, harness, machine
 from bench.attention_peers import Problem, eager, sdpa
 from bench.harness import Rows, Timing, error, gate, measure
-from videoswin_kernels import window_attention
+from videoswin_kernels import extension, window_attention
 from videoswin_kernels.testing import ATTENTION, PRODUCTION, Case, Stage
 
 ROOT = Path(__file__).parents[1]
-HEADER = {"card": "a card", "commit": "a commit", "clocks": {"sm": 1980}}
-TINY = ("--device", "cpu", "--preset", "tiny", "--window", "2,3,3", "--stage", "1")
+HEADER = {"card": "a card", "commit": "a commit", "allocator": "default", "clocks": {"sm": 1980}}
+# Pooling would outlive the test in this process.
+TINY = (
+    *("--device", "cpu", "--allocator", "default"),
+    *("--preset", "tiny", "--window", "2,3,3", "--stage", "1"),
+)
 
 # swin_t, 8 clips of 32x224x224 in bfloat16: MB, GFLOP and Gexp of forward and backward, then their
 # floors in microseconds on an H200, as a calculation of its own found them.
@@ -151,8 +155,18 @@ def test_a_gpu_sweeps_its_cache_as_long_as_the_slowest_host_launches(monkeypatch
     assert clock.calls == ["s"] * 7 + ["quick"]
 
 
-def test_peak_memory_is_unknown_on_a_cpu():
-    assert harness.peak_memory(lambda: pytest.fail("called"), "cpu") is None
+def test_peak_memory_is_beyond_what_was_held():
+    held = torch.empty(2**20)
+
+    def call():
+        first = torch.empty(2**18)
+        del first
+        return torch.empty(2**17), torch.empty(2**16)
+
+    peak = harness.peak_memory(call, "cpu")
+    assert held.nbytes > 4 * 2**18 <= peak < 4 * 2**18 + 4096
+    # A number becomes a tensor.
+    assert harness.peak_memory(lambda: held.add_(1), "cpu") < 64
 
 
 def test_error_is_relative_and_no_number_is_infinitely_wrong():
@@ -290,7 +304,7 @@ def test_peers_compute_window_attention(case):
 def quick(monkeypatch):
     """Takes ceilings and machine as known: to measure takes a second, and sources may change."""
     monkeypatch.setattr(floors, "measure_ceilings", lambda *_, **__: floors.H200)
-    monkeypatch.setattr(attention, "header", lambda device: HEADER)
+    monkeypatch.setattr(allocators, "header", lambda device: HEADER)
     # Two threads that wait for each other take seconds where other programs run.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -376,7 +390,7 @@ def test_an_interrupted_bench_continues_where_it_stopped(quick, tmp_path, capsys
     path = tmp_path / "rows.jsonl"
     command = (*TINY, "--providers", "eager,reference", "--json", str(path))
     assert attention.main((*command, "--minutes", "0")) == 0
-    assert "6 settings are left after 0.0 minutes" in capsys.readouterr().out
+    assert "6 settings are left after 0.0 minutes" in capsys.readouterr().err
     assert len(path.read_text().splitlines()) == 1  # The ceilings.
     assert attention.main((*command, "--direction", "backward")) == 0
     begun = path.read_text()
@@ -393,8 +407,9 @@ def test_interpreted_kernels_are_not_timed():
     """Whether this process interprets or not: each way the refusal names the switch."""
     problem = Problem.random(Stage(ATTENTION["exact"], 32, 2), 1, torch.float32, "cpu")
     assert "TRITON_INTERPRET" in attention_providers.refusal("triton", problem, False)
-    for provider in attention_providers.NAMED:
-        assert attention_providers.refusal(provider, problem, needs_grad=True), provider
+    assert attention_providers.refusal("cuda", problem, needs_grad=True)
+    reason = attention_providers.refusal("cpu", problem, needs_grad=True)
+    assert (reason is None) == (extension.why_not("_ops_cpu") is None)
 
 
 @pytest.mark.parametrize(
@@ -414,11 +429,14 @@ def test_wrong_options_are_refused(capsys, options, said):
     assert said in capsys.readouterr().err
 
 
-def test_the_script_runs_and_has_a_line_for_every_provider(tmp_path):
+def test_the_script_has_a_line_for_every_provider_in_both_states(tmp_path):
+    if machine.host_allocator() != "default":
+        pytest.skip(f"the allocator is {machine.host_allocator()} here")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = tmp_path / "rows.jsonl"
+    words = ("--allocator", "both", "--shifted", "yes", "--direction", "forward+backward")
     done = subprocess.run(
-        [sys.executable, ROOT / "bench" / "attention.py", *TINY, "--json", path],
+        [sys.executable, ROOT / "bench" / "attention.py", *TINY, *words, "--json", path],
         cwd=tmp_path,
         env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -426,17 +444,21 @@ def test_the_script_runs_and_has_a_line_for_every_provider(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert rows[0]["bench"] == "ceilings"
-    assert len(rows) == 1 + 2 * 3 * len(attention_providers.MAKERS)
-    for row in rows[1:]:
-        is_plain = row["provider"] not in attention_providers.NAMED
-        assert ("ms" in row) == ("floor_percent" in row) == is_plain, row
-        assert ("reason" in row) != is_plain, row
-        assert row["preset"] == "tiny"
+    count = 1 + len(attention_providers.MAKERS)
+    assert [row["allocator"] for row in rows] == ["default"] * count + ["pooled"] * count
+    assert rows[0]["bench"] == rows[count]["bench"] == "ceilings"
     lines = done.stdout.splitlines()
-    header = next(number for number, line in enumerate(lines) if line.startswith("stage"))
-    assert len(lines[header + 1 :]) == len(rows) - 1
-    for provider in attention_providers.NAMED:
+    header = next(number for number, line in enumerate(lines) if line.startswith("allocator"))
+    assert [line.split()[0] for line in lines[header + 1 :]] == ["default"] * (count - 1) + [
+        "pooled"
+    ] * (count - 1)
+    refused = ["triton", "cuda", *(["cpu"] if extension.why_not("_ops_cpu") else [])]
+    for row in rows[1:count] + rows[count + 1 :]:
+        is_timed = row["provider"] not in refused
+        assert ("ms" in row) == ("floor_percent" in row) == ("peak_mb" in row) == is_timed, row
+        assert ("reason" in row) != is_timed, row
+        assert row["preset"] == "tiny"
+    for provider in refused:
         first = next(line for line in lines[header:] if f"  {provider}  " in line)
         # Where the emulator is built it runs, and is not timed.
         why = "(cannot run: |is emulated here, )"

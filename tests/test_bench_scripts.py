@@ -16,15 +16,19 @@ pytest.importorskip("triton", minversion="3.6")
 
 import triton
 
-from bench import ceilings, intrinsics, train_step, tune, whole_model
+from bench import ceilings, intrinsics, model_options, train_step, tune, whole_model
+from bench.attention_options import parse, settings
 from bench.attention_providers import MAKERS
 from bench.harness import Rows
 from bench.intrinsic_checks import CHECKS
 from bench.model_options import run
 from bench.model_providers import THEIRS, AbsentError, Judge, build, random_clips
 from videoswin_kernels import extension
+from videoswin_kernels.testing import PRODUCTION, Case
 
 CPU = torch.device("cpu")
+# Pooling would outlive the test in this process.
+MACHINE = ("--device", "cpu", "--allocator", "default")
 
 # An operator of the kernels' own, which no other test changes.
 CONFIGURATION = "attention.configuration"
@@ -32,9 +36,15 @@ CONFIGURATION = "attention.configuration"
 
 @pytest.fixture(autouse=True)
 def providers():
-    """What becomes a provider here, as variants do, is none in the tests of other files."""
+    """What becomes a provider here, as variants do, is none in the tests of other files.
+
+    One thread: two that wait for each other take seconds where other programs run.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with patch.dict(MAKERS):
         yield
+    torch.set_num_threads(threads)
 
 
 def rows_of(path):
@@ -43,20 +53,47 @@ def rows_of(path):
 
 @pytest.mark.parametrize("script", [whole_model, train_step])
 def test_models_are_measured_and_what_cannot_run_says_why(script, tmp_path, capsys):
-    words = ["--device", "cpu", "--batch", "1", "--modes", "eager", "--json"]
+    words = [*MACHINE, "--batch", "1", "--modes", "eager", "--json"]
     assert script.main([*words, str(tmp_path / "rows.jsonl")]) == 0
     rows = {row["provider"]: row for row in rows_of(tmp_path / "rows.jsonl")}
     assert rows["reference"]["ms"] > 0
     assert rows["reference"]["clips_per_s"] == pytest.approx(1e3 / rows["reference"]["ms"])
     assert rows["torchvision"]["reason"] == "torchvision has no swin_nano"
-    assert "clips_per_s" not in rows["fused"]
-    if not torch.cuda.is_available():
+    assert rows["reference"]["peak_mb"] > 0
+    assert rows["reference"]["latency_ms"] == rows["reference"]["ms"]
+    if extension.why_not("_ops_cpu") is None:
+        assert rows["fused"]["clips_per_s"] > 0
+        assert rows["fused"]["error"] < 1e-4
+    else:
+        assert "clips_per_s" not in rows["fused"]
         assert "kernels='fused' cannot run" in rows["fused"]["reason"]
     # Called again, it measures nothing.
     capsys.readouterr()
     assert script.main([*words, str(tmp_path / "rows.jsonl")]) == 0
     assert len(rows_of(tmp_path / "rows.jsonl")) == 3
     assert "reference" in capsys.readouterr().out
+    # Another precision is another measurement.
+    words += [str(tmp_path / "rows.jsonl"), "--precision", "bfloat16", "--providers", "reference"]
+    assert script.main(words) == 0
+    last = rows_of(tmp_path / "rows.jsonl")[-1]
+    assert last["precision"] == "bfloat16"
+    assert last["error"] > 1e-4
+
+
+def test_presets_of_a_cpu():
+    def parsed(*words):
+        return model_options.parse("", [*MACHINE, *words], ("eager", "compiled"))
+
+    options = parsed()
+    assert (options.preset, options.precision, options.modes) == ("small", "float32", ("eager",))
+    (group,) = whole_model.groups(parsed("--preset", "clip", "--precision", "bfloat16"))
+    assert (group["model"], group["batch"], group["clip"]) == ("swin_t", 1, (3, 32, 224, 224))
+    assert group["precision"] == "bfloat16"
+    (attention,) = settings(parse([*MACHINE, "--stage", "1", "--shifted", "no"]))
+    assert (attention.batch, attention.stage) == (
+        1,
+        PRODUCTION["swin_t stage 1"]._replace(case=Case((16, 56, 56), (8, 7, 7), (0, 0, 0))),
+    )
 
 
 def test_a_wrong_model_is_seen():
@@ -93,7 +130,7 @@ def test_minutes_end_a_bench_between_its_groups(tmp_path, capsys):
     options = type("Options", (), {"providers": ["one"], "minutes": 0.0, "device": "cpu"})
     rows = Rows(tmp_path / "rows.jsonl", {"card": "a card"})
     assert run("model", [{"model": "a"}], lambda group: [], rows, options) == 0
-    assert "1 groups are left after" in capsys.readouterr().out
+    assert "1 groups are left after" in capsys.readouterr().err
 
 
 def test_ceilings_of_a_cpu(tmp_path, capsys):

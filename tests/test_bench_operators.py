@@ -1,0 +1,156 @@
+"""bench/operators.py: its calls, bytes and gate, and the rows that it leaves."""
+
+import json
+
+import pytest
+import torch
+
+import videoswin_kernels
+from bench import allocators, floors, operators
+from bench.operator_problems import random_problem, traffic, wrong
+from bench.operators import MEASURED
+from videoswin_kernels import extension
+from videoswin_kernels.selection import MOVEMENT
+from videoswin_kernels.testing import Case, Stage
+
+CPU = torch.device("cpu")
+# Padded on each axis, and shifted.
+STAGE = Stage(Case((3, 5, 5), (2, 3, 3), (1, 1, 1)), 8, 2)
+TINY = ("--device", "cpu", "--allocator", "default", "--preset", "tiny")
+HEADER = {"card": "a card", "commit": "a commit", "allocator": "default"}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Takes ceilings and machine as known; one thread, as more wait for each other."""
+    monkeypatch.setattr(floors, "measure_ceilings", lambda *_, **__: floors.H200)
+    monkeypatch.setattr(allocators, "header", lambda device: HEADER)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def problem_of(operator, dtype=torch.float32):
+    return random_problem(operator, STAGE, 2, dtype, CPU)
+
+
+def rows_of(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in rows if row["bench"] == "operators"]
+
+
+def test_each_operator_has_rows_at_each_stage_that_it_is_of(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    words = (*TINY, "--json", str(path))
+    assert operators.main((*words, "--minutes", "0")) == 0
+    assert "38 settings are left after 0.0 minutes" in capsys.readouterr().err
+    words += ("--stage", "4", "--operators", "residual_norm", "patch_merging", "window_reverse")
+    assert operators.main(words) == 0
+    rows = rows_of(path)
+    asked = {(row["operator"], row["direction"]) for row in rows}
+    directions = ("forward", "forward+backward")
+    both = ("residual_norm", "window_reverse")
+    assert asked == {(operator, direction) for operator in both for direction in directions}
+    is_built = extension.why_not("_ops_cpu") is None
+    for row in rows:
+        is_timed = row["provider"] == "reference" or (row["provider"] == "cpu" and is_built)
+        assert ("ms" in row) == is_timed, row
+        assert ("reason" in row) != is_timed, row
+        if is_timed:
+            assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["ms"] / 1e6)
+            assert row["peak_mb"] >= 0
+            assert row["error"] < 1e-5
+    assert capsys.readouterr().out.startswith("allocator  operator")
+    # Called again, it measures nothing.
+    assert operators.main(words) == 0
+    assert len(rows_of(path)) == len(rows)
+
+
+@pytest.mark.parametrize("operator", MEASURED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_pytorch_is_right_and_so_are_the_kernels(operator, dtype):
+    problem = problem_of(operator, dtype)
+    for provider in ("reference", *(["cpu"] if extension.why_not("_ops_cpu") is None else [])):
+        for with_gradients in (False, True):
+            assert "wrong" not in wrong(problem, provider, with_gradients)
+
+
+@pytest.mark.parametrize("operator", MEASURED)
+@pytest.mark.parametrize("part", ["output", "gradient"])
+def test_what_is_wrong_is_seen(operator, part, monkeypatch):
+    plain = getattr(videoswin_kernels, operator)
+
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad / 2
+
+    def broken(*inputs, kernels, **options):
+        if kernels == "reference":
+            return plain(*inputs, kernels=kernels, **options)
+        if part == "gradient":
+            inputs = (*inputs[:-1], Halved.apply(inputs[-1]))
+        out = plain(*inputs, kernels="reference", **options)
+        if part == "gradient":
+            return out
+        outputs = out if isinstance(out, tuple) else (out,)
+        # The last number of the last output.
+        nudge = torch.zeros_like(outputs[-1])
+        nudge.view(-1)[-1] = 1.0
+        return *outputs[:-1], outputs[-1] + nudge
+
+    monkeypatch.setattr(videoswin_kernels, operator, broken)
+    problem = problem_of(operator)
+    said = wrong(problem, "broken", True)["wrong"]
+    assert said.startswith("the gradient of " if part == "gradient" else "output ")
+    assert ("bit for bit" in said) == (operator in MOVEMENT)
+    assert ("wrong" in wrong(problem, "broken", False)) == (part == "output")
+    assert "wrong" not in wrong(problem, "reference", True)
+
+
+def test_a_wrong_provider_has_no_time(monkeypatch, tmp_path):
+    monkeypatch.setattr(operators, "wrong", lambda *_: {"error": 1.0, "wrong": "it is off"})
+    path = tmp_path / "rows.jsonl"
+    words = ("--stage", "1", "--operators", "cyclic_shift", "--providers", "reference")
+    assert operators.main((*TINY, *words, "--json", str(path))) == 1
+    assert [("ms" in row, row["wrong"]) for row in rows_of(path)] == [(False, "it is off")] * 2
+
+
+def test_bytes_are_those_of_inputs_outputs_and_what_is_read_again():
+    def moved(operator, dtype=torch.float32):
+        problem = problem_of(operator, dtype)
+        outputs = problem.outputs("reference")
+        return [traffic(problem, outputs, each) for each in operators.DIRECTIONS]
+
+    # Two clips of 3 x 5 x 5 tokens, 8 channels of 4 bytes; padded to 4 x 6 x 6 in windows.
+    plane, windows = 2 * 75 * 32, 2 * 144 * 32
+    assert moved("cyclic_shift") == [2 * plane, 4 * plane]
+    assert moved("cyclic_shift", torch.bfloat16) == [plane, 2 * plane]
+    assert moved("window_partition") == [plane + windows, 2 * (plane + windows)]
+    assert moved("window_reverse") == [plane + windows, 2 * (plane + windows)]
+    # Weight and bias; the merged grid is 3 x 3 x 3 of 32 channels.
+    merged, affine = 2 * 27 * 128, 2 * 128
+    both = plane + merged + affine
+    assert moved("patch_merging") == [both, 2 * both + plane]
+    both = 4 * plane + 2 * 32
+    assert moved("residual_norm") == [both, 2 * both + plane]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--providers", "eager"), "--providers: eager is none of reference, triton, cuda, cpu"),
+        (("--operators", "window_attention"), "invalid choice: 'window_attention'"),
+        (("--batch", "0"), "--batch must be at least 1, got 0"),
+    ],
+)
+def test_wrong_options_are_refused(capsys, words, said):
+    with pytest.raises(SystemExit) as caught:
+        operators.main((*TINY, *words))
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
