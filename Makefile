@@ -20,6 +20,7 @@ demo: $(VENV)/.demo libraries
 	$(RUN) -m train --recipe demo --output $(OUTPUT) --resume
 	$(RUN) -m train.evaluate --checkpoint $(OUTPUT)/last.pt --frame-orders
 	$(RUN) -m train.predict $(VIDEOS)/test/clockwise/00000.mp4 --checkpoint $(OUTPUT)/last.pt
+	$(RUN) -m train.speed --recipe demo
 
 test: $(VENV)/.test libraries
 	$(RUN) -m pytest $(SPREAD) -m "not slow"

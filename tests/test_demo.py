@@ -34,4 +34,7 @@ def test_the_demo_learns_motion_and_nothing_else(tmp_path):
     assert rows["backwards"][1] >= 80
     video = next((videos / "test" / "growing").glob("*.mp4"))
     assert re.search(r"1\. \w", run("train.predict", str(video), *checkpoint))
+    said = run("train.speed", "--recipe", "demo")
+    assert re.search(r"^fused: ([\d.]+ clips/s \(.+ operators?\)|.+ cannot run: .+)$", said, re.M)
+    assert re.search(r"^reference: [\d.]+ clips/s$", said, re.M)
     assert (output / "curves.png").stat().st_size > 10_000

@@ -1,8 +1,8 @@
 """Plants each mistake of this folder in a copy of the last commit; the tests it names must fail.
 
 `python tests/mutations/run.py [NAME...]`. A patch begins with a sentence that says what is wrong in
-it, and a line `tests: ` with what pytest is to run; where it touches CUDA C++, that is the tests of
-the emulated kernels, built anew. Exits with 1 where a mistake went unseen, where the tests fail
+it, and a line `tests: ` with what pytest is to run; where it touches C++, the libraries are built
+anew, and of those tests it is the ones of their kernels, CUDA's emulated. Exits with 1 where a mistake went unseen, where the tests fail
 without it, or where a patch no longer fits the code.
 """
 
@@ -23,8 +23,13 @@ ROOT = FOLDER.parents[1]
 PASSED, FAILED = 0, 1
 # That of setup.py where a tool is missing.
 MISSING = 3
-# Where the CUDA C++ kernels and their launchers are.
-CUDA = ("/csrc/", "/videoswin_kernels/cuda/")
+# Where kernels in C++ and their launchers are, and how pytest tells their tests from others; the
+# first that a patch touches counts.
+BUILT = {
+    "/csrc/cpu/": "cpu-cpu or test_cpu",
+    "/csrc/": "cuda",
+    "/videoswin_kernels/cuda/": "cuda",
+}
 
 
 @contextmanager
@@ -40,13 +45,14 @@ def checkout() -> Iterator[Path]:
             subprocess.run([*git, "remove", "--force", tree], check=True)
 
 
-def touches_cuda(patch: Path) -> bool:
-    """Whether the emulated kernels have to be built for it."""
-    return any(path in patch.read_text(encoding="utf-8") for path in CUDA)
+def built(patch: Path) -> str | None:
+    """Which tests are those of the kernels that it touches; None where nothing is to be built."""
+    text = patch.read_text(encoding="utf-8")
+    return next((tests for path, tests in BUILT.items() if path in text), None)
 
 
 def build(tree: Path) -> int:
-    """Builds the emulated kernels from the worktree's sources; the exit status of setup.py."""
+    """Builds the libraries, CUDA's kernels emulated alone, from the worktree's sources; the exit status of setup.py."""
     command = [sys.executable, "setup.py", "build_ext"]
     environment = {**os.environ, "VIDEOSWIN_CUDA": "off"}
     return subprocess.run(
@@ -68,10 +74,10 @@ def judge(tree: Path, patch: Path, tests: list[str]) -> str | None:
     if subprocess.run(apply, check=False).returncode:
         return "does not fit the code any more"
     try:
-        is_cuda = touches_cuda(patch)
-        if is_cuda and build(tree):
+        chosen = built(patch)
+        if chosen and build(tree):
             return "does not compile"
-        status = run_tests(tree, tests, *(["-k", "cuda"] if is_cuda else []))
+        status = run_tests(tree, tests, *(["-k", chosen] if chosen else []))
     finally:
         subprocess.run(["git", "-C", tree, "checkout", "--quiet", "."], check=True)
     # What reads astray in C++ may end the process by a signal, which is a negative status.
@@ -105,11 +111,11 @@ def main() -> int:
             trees.put(stack.enter_context(checkout()))
         sound = sorted({test for tests in asked.values() for test in tests})
         tree = trees.get()
-        if any(map(touches_cuda, patches)):
+        if any(map(built, patches)):
             status = build(tree)
             if status == MISSING:
-                print("no mistakes in CUDA C++, which cannot be built here")
-                patches = [patch for patch in patches if not touches_cuda(patch)]
+                print("no mistakes in C++, which cannot be built here")
+                patches = [patch for patch in patches if not built(patch)]
             elif status:
                 print("the C++ libraries do not compile without any mutation")
                 return 1
