@@ -85,7 +85,8 @@ inline Real largest_of(Vector<Real> x) {
 // with n is exact. e^r = 1 + r + r^2 p(r), with p fitted to the least relative error (3e-9).
 inline Vector<float> exponential(Vector<float> x) {
   using Bits = Types<uint32_t>::vector;
-  const Vector<float> magic = splat(12582912.0f);  // 1.5 * 2^23: a sum with it is an integer
+  // 1.5 * 2^23: a sum with it is an integer. With 127 more that is the exponent of 2^n.
+  const Vector<float> magic = splat(12582912.0f + 127.0f);
   const Vector<float> shifted = x * 1.44269504f + magic;
   const Vector<float> n = shifted - magic;
   const Vector<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -94,9 +95,10 @@ inline Vector<float> exponential(Vector<float> x) {
   p = p * r + 0.16666521f;
   p = p * r + 0.49999994f;
   const Vector<float> y = p * (r * r) + r + 1.0f;
-  const Bits power = reinterpret_cast<Bits>(y) + (reinterpret_cast<Bits>(shifted) << 23);
-  const Bits is_normal = reinterpret_cast<Bits>(x >= splat(-87.3365447f));
-  return reinterpret_cast<Vector<float>>(power & is_normal);
+  const Vector<float> power =
+      reinterpret_cast<Vector<float>>(reinterpret_cast<Bits>(shifted) << 23);
+  // A NaN is neither below nor above.
+  return x <= splat(-87.3365447f) ? Vector<float>{} : y * power;
 }
 
 inline Vector<double> exponential(Vector<double> x) {

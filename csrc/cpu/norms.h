@@ -11,15 +11,28 @@ constexpr int64_t NORM_ALIGNMENT = 128;
 // Rows that are added up before the sums go on in double.
 constexpr int64_t ROWS_OF_A_SUM = 32;
 
-// The sum of f(i) over whole vectors, in four chains.
+// As many doubles as there are numbers in a vector.
+template <typename Real>
+struct WideTypes {
+  typedef double vector __attribute__((vector_size(VECTOR_BYTES / sizeof(Real) * sizeof(double))));
+};
+
+// The sum of f(i) over whole vectors, after each few in double: of many equal terms, such as those
+// of padding, a long chain of float additions rounds each the same way.
 template <typename Real, typename F>
-inline Real sum_over(int64_t width, const F& f) {
-  constexpr int64_t lanes = LANES<Real>;
-  Vector<Real> sums[4] = {};
-  for (int64_t i = 0; i < width; i += 4 * lanes)
-    for (int part = 0; part < 4; ++part)
-      if (i + part * lanes < width) sums[part] += f(i + part * lanes);
-  return sum_of<Real>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+inline double sum_over(int64_t width, const F& f) {
+  constexpr int64_t lanes = LANES<Real>, few = 4;
+  using Wide = typename WideTypes<Real>::vector;
+  Wide all{};
+  for (int64_t i = 0; i < width; i += 2 * few * lanes) {
+    Vector<Real> sums[2] = {};
+    for (int64_t part = 0; part < 2 * few; ++part)
+      if (i + part * lanes < width) sums[part % 2] += f(i + part * lanes);
+    all += __builtin_convertvector(sums[0] + sums[1], Wide);
+  }
+  double sum = 0;
+  for (int64_t i = 0; i < lanes; ++i) sum += all[i];
+  return sum;
 }
 
 template <typename Real>
@@ -44,16 +57,17 @@ class NormRow {
   // result = (row - mean) / deviation * weight + bias; the moments go to their places.
   void normalise(int64_t number) const {
     Real* const x = row();
-    const Real count = static_cast<Real>(norm_.width);
+    const double count = static_cast<double>(norm_.width);
     fill(x + norm_.width, Real(0), whole_ - norm_.width);
-    const Real mean = sum_over<Real>(whole_, [&](int64_t i) { return load(x + i); }) / count;
+    const Real mean =
+        static_cast<Real>(sum_over<Real>(whole_, [&](int64_t i) { return load(x + i); }) / count);
     // What stands after the last channel differs from it by nothing.
     fill(x + norm_.width, mean, whole_ - norm_.width);
-    const Real sum = sum_over<Real>(whole_, [&](int64_t i) {
+    const double sum = sum_over<Real>(whole_, [&](int64_t i) {
       const Vector<Real> difference = load(x + i) - splat(mean);
       return difference * difference;
     });
-    const Real rstd = 1 / root(sum / count + static_cast<Real>(norm_.eps));
+    const Real rstd = static_cast<Real>(1 / __builtin_sqrt(sum / count + norm_.eps));
     static_cast<Real*>(norm_.mean)[number] = mean;
     static_cast<Real*>(norm_.rstd)[number] = rstd;
     for (int64_t i = 0; i < whole_; i += LANES<Real>)
@@ -77,12 +91,13 @@ class NormRow {
     }
     if (!needs_row) return;
     const Real* const weight = array(2);
-    const Real count = static_cast<Real>(norm_.width);
-    const Real sum =
+    const double count = static_cast<double>(norm_.width);
+    const double sum =
         sum_over<Real>(whole_, [&](int64_t i) { return load(grad + i) * load(weight + i); });
-    const Real product = sum_over<Real>(
+    const double product = sum_over<Real>(
         whole_, [&](int64_t i) { return load(grad + i) * load(weight + i) * load(x + i); });
-    const Vector<Real> first = splat(sum / count), second = splat(product / count);
+    const Vector<Real> first = splat(static_cast<Real>(sum / count));
+    const Vector<Real> second = splat(static_cast<Real>(product / count));
     for (int64_t i = 0; i < whole_; i += LANES<Real>) {
       const Vector<Real> own = load(grad + i) * load(weight + i) - first - load(x + i) * second;
       store(x + i, own * splat(rstd));
@@ -99,9 +114,6 @@ class NormRow {
   }
 
  private:
-  static float root(float x) { return __builtin_sqrtf(x); }
-  static double root(double x) { return __builtin_sqrt(x); }
-
   const Norm& norm_;
   const int64_t whole_, stride_;
   Real* const memory_;
