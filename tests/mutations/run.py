@@ -2,8 +2,8 @@
 
 `python tests/mutations/run.py [NAME...]`. A patch begins with a sentence that says what is wrong in
 it, and a line `tests: ` with what pytest is to run; where it touches C++, the libraries are built
-anew, and of those tests it is the ones of their kernels, CUDA's emulated. Exits with 1 where a mistake went unseen, where the tests fail
-without it, or where a patch no longer fits the code.
+anew, and of those tests it is the ones of their kernels, CUDA's emulated. Exits with 1 where a
+mistake went unseen, where the tests fail without it, or where a patch no longer fits the code.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def built(patch: Path) -> str | None:
 
 
 def build(tree: Path) -> int:
-    """Builds the libraries, CUDA's kernels emulated alone, from the worktree's sources; the exit status of setup.py."""
+    """Builds the libraries from the worktree's sources; the exit status of setup.py."""
     command = [sys.executable, "setup.py", "build_ext"]
     environment = {**os.environ, "VIDEOSWIN_CUDA": "off"}
     return subprocess.run(
