@@ -91,8 +91,11 @@ struct Team {
 };
 
 void run_gather_rows(Tensor out, Tensor x, Tensor index, int64_t num_x) {
+  STD_TORCH_CHECK(out.numel() > 0 && x.element_size() == out.element_size(),
+                  "gather_rows: nothing to copy, or elements of another size");
   const int64_t channels = out.size(out.dim() - 1);
   const int64_t clips = out.numel() / (index.numel() * channels);
+  STD_TORCH_CHECK(x.numel() == clips * num_x * channels, "gather_rows: x is of another size");
   const Team team(x, clips * index.numel(), 0);
   gather_rows(static_cast<char*>(out.mutable_data_ptr()),
               static_cast<const char*>(x.const_data_ptr()), integers(index), clips, num_x,
@@ -181,6 +184,7 @@ Attention attention_of(const Tensor& qkv, const Tensor& bias_table,
   call.region = integers(region);
   call.mixed = integers(mixed);
   call.code = integers(code);
+  call.tables = nullptr;
   call.clips = qkv.size(0);
   call.num_grid = qkv.size(1) * qkv.size(2) * qkv.size(3);
   call.num_windows = mixed.numel();
@@ -196,9 +200,11 @@ Attention attention_of(const Tensor& qkv, const Tensor& bias_table,
 void run_attention(Tensor out, Tensor log_sum_exp, Tensor qkv, Tensor bias_table,
                    std::optional<Tensor> pad_qkv, Tensor source, Tensor region, Tensor mixed,
                    Tensor code, int64_t num_heads, int64_t offset, double scale) {
-  const Attention call =
+  Attention call =
       attention_of(qkv, bias_table, pad_qkv, source, region, mixed, code, num_heads, offset, scale);
   const Plan cut = plan(call);
+  const Tensor tables = torch::stable::new_empty(qkv, {num_heads * cut.table}, wide_type(qkv));
+  call.tables = tables.mutable_data_ptr();
   const Team team(qkv, cut.chunks * num_heads, cut.scratch_bytes);
   kernels().attention(call, out.mutable_data_ptr(), wide_data("attention", log_sum_exp, qkv),
                       team.workers);
@@ -209,7 +215,7 @@ void run_attention_backward(Tensor grad_qkv, Tensor grad_table, Tensor grad_pad,
                             Tensor log_sum_exp, Tensor source, Tensor region, Tensor mixed,
                             Tensor code, int64_t num_heads, int64_t offset, double scale) {
   const char* const name = "attention_backward";
-  const Attention call =
+  Attention call =
       attention_of(qkv, bias_table, pad_qkv, source, region, mixed, code, num_heads, offset, scale);
   STD_TORCH_CHECK(grad_out.scalar_type() == qkv.scalar_type(), name,
                   ": grad_out is of another type than qkv");
@@ -220,6 +226,8 @@ void run_attention_backward(Tensor grad_qkv, Tensor grad_table, Tensor grad_pad,
   gradients.grad_table = wide_data(name, grad_table, qkv);
   gradients.grad_pad = wide_data(name, grad_pad, qkv);
   const Plan cut = plan(call, gradients);
+  const Tensor tables = torch::stable::new_empty(qkv, {num_heads * cut.table}, wide_type(qkv));
+  call.tables = tables.mutable_data_ptr();
   const Tensor partial = doubles(qkv, cut.chunks * num_heads * cut.sums);
   gradients.partial = static_cast<double*>(data_of(partial));
   const Team team(qkv, cut.chunks * num_heads, cut.scratch_bytes);

@@ -41,13 +41,14 @@ def said(*command):
 
 def strange_symbols(source, folder):
     """{symbol: what is wrong with it} of a source compiled for a level as CMakeLists.txt has it."""
-    march = f"-march=x86-64-{LEVEL}"
-    assert march.replace(LEVEL, "${level}") in LISTS
-    if subprocess.run(["c++", march, "-xc++", "-E", "/dev/null"], capture_output=True).returncode:
+    features = setting(f"{LEVEL}_features")
+    if subprocess.run(["c++", *features, "-xc++", "-E", "/dev/null"], capture_output=True).returncode:
         pytest.skip("this compiler knows no levels of x86-64")
+    own_name = f"-DVIDEOSWIN_LEVEL={LEVEL}"
     visibility = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
     made = folder / "made.o"
-    said("c++", STANDARD, *visibility, *setting("level_options"), march, "-c", source, "-o", made)
+    options = [STANDARD, *visibility, *setting("level_options"), *features, own_name]
+    said("c++", *options, "-c", source, "-o", made)
     lines = said("nm", "-C", made).splitlines()
     # An address or spaces, one letter, the name as it is in C++.
     names = [re.fullmatch(r"[0-9a-f ]* (\S) (.+)", line).groups() for line in lines]

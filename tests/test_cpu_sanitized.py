@@ -19,7 +19,7 @@ KERNELS = tuple(
     if path.name != "choice.cpp"
 )
 # As CMakeLists.txt has them.
-OPTIONS = ("-ffp-contract=fast", "-fno-math-errno", "-fstrict-aliasing")
+OPTIONS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fstrict-aliasing")
 # How kernels are compiled. The program itself is not instrumented: its loops take long enough.
 BUILDS = {
     "plain": ("-O2",),
@@ -51,14 +51,15 @@ def options_of(level, folder):
     if not LEVELS[level]:
         return ()
     asked = " && ".join(f'__builtin_cpu_supports("{name}")' for name in LEVELS[level])
-    source, probe, option = folder / "probe.cpp", folder / "probe", f"-march=x86-64-{level}"
+    source, probe = folder / "probe.cpp", folder / "probe"
+    features = [f"-m{name}" for name in LEVELS[level]]
     source.write_text(f"int main() {{ return !({asked}); }}\n")
-    command = [COMPILER, option, source, "-o", probe]
+    command = [COMPILER, *features, source, "-o", probe]
     if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip(f"{COMPILER} knows no {option}")
+        pytest.skip(f"{COMPILER} knows no {' '.join(features)}")
     if subprocess.run([probe], check=False).returncode != 0:
-        pytest.skip(f"this processor has no x86-64-{level}")
-    return (option,)
+        pytest.skip(f"this processor has no {level}")
+    return (*features, f"-DVIDEOSWIN_LEVEL={level}")
 
 
 @pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler: set CXX")

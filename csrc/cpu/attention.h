@@ -29,6 +29,20 @@ constexpr Real infinity() {
   return static_cast<Real>(__builtin_inf());
 }
 
+// The table of each head by itself, in the type of the arithmetic.
+template <typename Real>
+inline void split_tables(const Attention& call, const Plan& plan, const Workers& workers) {
+  constexpr int64_t block = 256;
+  for_each_chunk(workers, (call.table_rows + block - 1) / block, [&](int64_t number, char*) {
+    const int64_t end =
+        (number + 1) * block < call.table_rows ? (number + 1) * block : call.table_rows;
+    for (int64_t row = number * block; row < end; ++row)
+      for (int64_t head = 0; head < call.num_heads; ++head)
+        widen(static_cast<Real*>(call.tables) + head * plan.table + row, call.bias_table,
+              row * call.num_heads + head, 1);
+  });
+}
+
 // A window of a clip.
 struct Window {
   int64_t first;  // token of the clip's first one, among those of all clips
@@ -52,11 +66,11 @@ struct Head {
   int64_t head;
   const Real* table;  // of this head alone
 
-  Head(const Attention& own, const Plan& cut, int64_t number, Real* memory)
-      : call(own), plan(cut), head(number), table(memory) {
-    for (int64_t row = 0; row < call.table_rows; ++row)
-      widen(memory + row, call.bias_table, row * call.num_heads + head, 1);
-  }
+  Head(const Attention& own, const Plan& cut, int64_t number)
+      : call(own),
+        plan(cut),
+        head(number),
+        table(static_cast<const Real*>(own.tables) + number * cut.table) {}
 
   int64_t channels() const { return call.num_heads * call.head_width; }
 

@@ -46,7 +46,7 @@ class Chunk {
         gradients_(gradients),
         plan_(plan),
         memory_(scratch),
-        head_(call, plan, number % call.num_heads, memory_.take<Real>(plan.table)),
+        head_(call, plan, number % call.num_heads),
         has_keys_(gradients.grad_qkv || gradients.grad_pad),
         keys_((call.tokens + TILE<Real> - 1) / TILE<Real> * TILE<Real>),
         pack_(plan.keys * plan.width) {
@@ -222,6 +222,7 @@ void write_sums(const Attention& call, const AttentionGradients& gradients, cons
 template <typename Real>
 void run(const Attention& call, const AttentionGradients& gradients, const Workers& workers) {
   const Plan cut = plan(call, gradients);
+  split_tables<Real>(call, cut, workers);
   for_each_chunk(workers, cut.chunks * call.num_heads, [&](int64_t number, char* scratch) {
     Chunk<Real>(call, gradients, cut, number, scratch);
   });

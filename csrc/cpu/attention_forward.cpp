@@ -32,7 +32,7 @@ void attention_chunk(const Attention& call, const Plan& plan, int64_t chunk, Out
                      Real* log_sum_exp, char* scratch) {
   constexpr int64_t tile = TILE<Real>, most = TILE_ROWS;
   Memory memory(scratch);
-  const Head<Real> head(call, plan, chunk % call.num_heads, memory.take<Real>(plan.table));
+  const Head<Real> head(call, plan, chunk % call.num_heads);
   Real* const panels = memory.take<Real>(plan.side * plan.keys * plan.width);
   Real* const values = memory.take<Real>(plan.side * plan.keys * plan.width);
   Real* const regions = memory.take<Real>(plan.side * plan.keys);
@@ -93,6 +93,7 @@ void attention_chunk(const Attention& call, const Plan& plan, int64_t chunk, Out
 template <typename Real>
 void run(const Attention& call, void* out, void* log_sum_exp, const Workers& workers) {
   const Plan cut = plan(call);
+  split_tables<Real>(call, cut, workers);
   for_each_chunk(workers, cut.chunks * call.num_heads, [&](int64_t chunk, char* scratch) {
     attention_chunk<Real>(call, cut, chunk, {out, call.qkv.type}, static_cast<Real*>(log_sum_exp),
                           scratch);

@@ -9,11 +9,8 @@
 
 #include "operators.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#define VIDEOSWIN_LEVEL v4
-#elif defined(__AVX2__) && defined(__FMA__)
-#define VIDEOSWIN_LEVEL v3
-#else
+// Its name, which the build gives: options of the user's own may add to what a level has.
+#ifndef VIDEOSWIN_LEVEL
 #define VIDEOSWIN_LEVEL baseline
 #endif
 
@@ -107,23 +104,30 @@ inline Vector<double> exponential(Vector<double> x) {
 }
 
 // Work of `count` chunks, each done by f(chunk, scratch) with the memory of whoever does it.
+//
+// Each worker takes the next one that is left: chunks differ, as do the cores of a busy machine.
 template <typename F>
 inline void for_each_chunk(const Workers& workers, int64_t count, const F& f) {
   struct Context {
     const Workers& workers;
-    int64_t count, shares;
+    int64_t count;
+    int64_t* next;
     const F& f;
   };
-  const Context context{workers, count, workers.count < count ? workers.count : count, f};
+  int64_t next = 0;
+  const Context context{workers, count, &next, f};
   const Part part = [](const void* pointer, int64_t begin, int64_t end) {
     const Context& own = *static_cast<const Context*>(pointer);
-    for (int64_t share = begin; share < end; ++share) {
-      const int64_t last = (share + 1) * own.count / own.shares;
-      for (int64_t chunk = share * own.count / own.shares; chunk < last; ++chunk)
-        own.f(chunk, own.workers.scratch + share * own.workers.bytes);
+    // A thread with several shares does the work of all with the first.
+    char* const scratch = own.workers.scratch + begin * own.workers.bytes;
+    if (begin == end) return;
+    for (;;) {
+      const int64_t chunk = __atomic_fetch_add(own.next, 1, __ATOMIC_RELAXED);
+      if (chunk >= own.count) return;
+      own.f(chunk, scratch);
     }
   };
-  workers.parallel(context.shares, part, &context);
+  workers.parallel(workers.count < count ? workers.count : count, part, &context);
 }
 
 // Calls f(list, place, sum) for the sums of all chunks, each of `lists` of `width` numbers.

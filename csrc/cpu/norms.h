@@ -11,40 +11,42 @@ constexpr int64_t NORM_ALIGNMENT = 128;
 // Rows that are added up before the sums go on in double.
 constexpr int64_t ROWS_OF_A_SUM = 32;
 
-// As many doubles as there are numbers in a vector.
-template <typename Real>
-struct WideTypes {
-  typedef double vector __attribute__((vector_size(VECTOR_BYTES / sizeof(Real) * sizeof(double))));
-};
+// A vector added to one of doubles, and its upper half to another.
+inline void add_wide(Vector<double>* sums, Vector<double> x) { sums[0] += x; }
+
+inline void add_wide(Vector<double>* sums, Vector<float> x) {
+  typedef float Half __attribute__((vector_size(VECTOR_BYTES / 2)));
+  Half halves[2];
+  __builtin_memcpy(halves, &x, sizeof x);
+  sums[0] += __builtin_convertvector(halves[0], Vector<double>);
+  sums[1] += __builtin_convertvector(halves[1], Vector<double>);
+}
 
 // The sum of f(i) over whole vectors, after each few in double: of many equal terms, such as those
 // of padding, a long chain of float additions rounds each the same way.
 template <typename Real, typename F>
 inline double sum_over(int64_t width, const F& f) {
   constexpr int64_t lanes = LANES<Real>, few = 4;
-  using Wide = typename WideTypes<Real>::vector;
-  Wide all{};
+  Vector<double> all[2] = {};
   for (int64_t i = 0; i < width; i += 2 * few * lanes) {
     Vector<Real> sums[2] = {};
     for (int64_t part = 0; part < 2 * few; ++part)
       if (i + part * lanes < width) sums[part % 2] += f(i + part * lanes);
-    all += __builtin_convertvector(sums[0] + sums[1], Wide);
+    add_wide(all, sums[0] + sums[1]);
   }
-  double sum = 0;
-  for (int64_t i = 0; i < lanes; ++i) sum += all[i];
-  return sum;
+  return sum_of<double>(all[0] + all[1]);
 }
 
 template <typename Real>
 class NormRow {
  public:
-  // Takes 4 of the 8 arrays that norm_scratch_bytes() counts; `rest` are the others.
+  // Of the arrays that norm_scratch_bytes() counts the last is the caller's.
   NormRow(const Norm& norm, char* scratch)
       : norm_(norm),
         whole_((norm.width + LANES<Real> - 1) / LANES<Real> * LANES<Real>),
         stride_((norm.width + NORM_ALIGNMENT - 1) / NORM_ALIGNMENT * NORM_ALIGNMENT),
         memory_(reinterpret_cast<Real*>(scratch)) {
-    fill(memory_, Real(0), 8 * stride_);
+    fill(memory_, Real(0), NORM_ARRAYS * stride_);
     widen(array(2), norm.weight, 0, norm.width);
     if (norm.bias.data) widen(array(3), norm.bias, 0, norm.width);
   }

@@ -38,11 +38,12 @@ struct Workers {
 struct Attention {
   Input qkv, pad_qkv, bias_table;  // pad_qkv is of the type of qkv
   const int32_t *source, *region, *mixed, *code;
+  void* tables;  // of the arithmetic's type: [num_heads, table] of the plan, filled by the kernels
   int64_t clips, num_grid, num_windows, tokens, num_heads, head_width, table_rows, offset;
   double scale;
 };
 
-// All of size 0, and null, where they are not asked for. Sums are of the type that `wide` names.
+// A gradient that is not asked for is null.
 struct AttentionGradients {
   const void* grad_out;     // of the type of qkv, as is grad_qkv
   const void* log_sum_exp;  // of the arithmetic's type, as are the other two gradients
@@ -91,7 +92,7 @@ struct ResidualGradients {
 
 // Rows of `patch_merging`: four tokens each, by `index`; -1 is padding.
 struct Merging {
-  Input x;  // or the gradient of the result
+  Input x;
   const int32_t* index;
   int64_t merged, num_x, channels;  // merged rows and tokens of a clip
 };
@@ -101,6 +102,10 @@ struct AffineGradients {
   void *weight, *bias;
   double* partial;  // [norm_chunks(rows, width), 2, width]
 };
+
+// Rows of that width that a worker holds: the row, its result, weight, bias, sums of the gradients
+// of both, and one more.
+constexpr int64_t NORM_ARRAYS = 7;
 
 int64_t norm_chunks(int64_t rows, int64_t width);
 int64_t norm_scratch_bytes(int64_t width);
@@ -123,7 +128,7 @@ struct Kernels {
   void (*exponentials)(Output values, int64_t count);
 };
 
-// Those of a level by its number, from 0, the one for every processor; null where this one cannot
+// Those of a level by its number, from 0, which every processor runs; null where this one cannot
 // run it, or there is none.
 const Kernels* kernels_of_level(int level);
 // Those of the best level, unless `choose_level` has named another one.

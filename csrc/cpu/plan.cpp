@@ -21,8 +21,8 @@ int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
 int64_t larger(int64_t x, int64_t y) { return x > y ? x : y; }
 int64_t parts(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// Arrays of `rows` x `keys` and of `rows` x `width` that a worker holds beside its packed windows,
-// and arrays of `tokens` x `width` of each of these.
+// A worker holds for each window `packs` arrays of [keys, width] and a row of regions, and for the
+// rows that it works on `squares` of [rows, keys] and `strips` of [rows, width].
 Plan made(const Attention& call, int64_t packs, int64_t squares, int64_t strips, int64_t sums) {
   const int64_t size = call.qkv.type == Type::float64 ? 8 : 4;
   const int64_t tile = ALIGNMENT / size;
@@ -37,11 +37,13 @@ Plan made(const Attention& call, int64_t packs, int64_t squares, int64_t strips,
   plan.side = larger(1, smaller(plan.side, windows * call.num_heads / FEWEST_CHUNKS));
   plan.side = smaller(plan.side, windows);
   const int64_t groups = parts(windows, plan.side);
+  // As large each as the others.
+  plan.side = parts(windows, groups);
   const int64_t most = larger(1, SUMS_BYTES / larger(1, 8 * sums * call.num_heads));
   plan.windows = plan.side * parts(groups, smaller(groups, most));
   plan.chunks = parts(windows, plan.windows);
   const int64_t block = ATTENTION_ROWS * (squares * plan.keys + strips * plan.width);
-  plan.scratch_bytes = plan.side * packed + size * (block + plan.table);
+  plan.scratch_bytes = plan.side * packed + size * block;
   return plan;
 }
 
@@ -60,6 +62,8 @@ int64_t norm_chunks(int64_t rows, int64_t width) {
   return smaller(parts(rows, NORM_ROWS), most);
 }
 
-int64_t norm_scratch_bytes(int64_t width) { return 8 * 8 * parts(width, ALIGNMENT) * ALIGNMENT; }
+int64_t norm_scratch_bytes(int64_t width) {
+  return 8 * NORM_ARRAYS * parts(width, ALIGNMENT) * ALIGNMENT;
+}
 
 }  // namespace videoswin::cpu

@@ -162,6 +162,8 @@ void check_case(const Case& own, Type type, Type table_type, int needs, bool all
                                Arrays made;
                                made.emplace_back(type, tokens * channels);
                                made.emplace_back(wide(type), own.num_heads * tokens);
+                               Array tables(wide(type), own.num_heads * forward.table);
+                               call.tables = tables.data();
                                KERNELS.attention(call, made[0].data(), made[1].data(), workers);
                                return made;
                              });
@@ -188,6 +190,8 @@ void check_case(const Case& own, Type type, Type table_type, int needs, bool all
               gradients = {grad_out.data(), results[1].data(), made[0].data(),
                            made[1].data(),  made[2].data(),    nullptr};
               gradients.partial = reinterpret_cast<double*>(partial.data());
+              Array tables(wide(type), own.num_heads * backward.table);
+              call.tables = tables.data();
               KERNELS.attention_backward(call, gradients, workers);
               return made;
             });

@@ -27,6 +27,8 @@ MISSING = 3
 # first that a patch touches counts.
 BUILT = {
     "/csrc/cpu/": "cpu-cpu or test_cpu",
+    "/csrc/library_cpu.cpp": "cpu-cpu or test_cpu",
+    "/videoswin_kernels/cpu/": "cpu-cpu or test_cpu",
     "/csrc/": "cuda",
     "/videoswin_kernels/cuda/": "cuda",
 }
