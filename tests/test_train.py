@@ -131,8 +131,17 @@ def test_the_last_epoch_is_tested_whether_due_or_not(recipe, tmp_path):
     assert [line["step"] for line in lines if line["kind"] == "test"] == [12]
 
 
-def test_signals_are_handled_as_before_once_the_run_is_over(whole):
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+def test_signals_are_handled_as_before_once_the_run_is_over(recipe, tmp_path):
+    def own(*_):
+        raise AssertionError("nobody has sent a signal")
+
+    # Not what a process begins with: a shell may have it ignore interrupts.
+    before = signal.signal(signal.SIGINT, own)
+    try:
+        assert suite.train(recipe, tmp_path / "run") == 0
+        assert signal.getsignal(signal.SIGINT) is own
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(whole, recipe, tmp_path):

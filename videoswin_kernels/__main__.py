@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from videoswin_kernels import __version__
+from videoswin_kernels import __version__, extension
 from videoswin_kernels.selection import (
     OPERATORS,
     TABLE,
@@ -25,7 +25,7 @@ def main() -> None:
     types = device_types()
     for device_type in types:
         name = torch.cuda.get_device_name() if device_type == "cuda" else platform.machine()
-        print(f"\non {device_type} ({name})")
+        print(f"\non {device_type} ({name}{_level(device_type)})")
         print("".join(f"{column:<18}" for column in ("", *WORDS)).rstrip())
         for operator in OPERATORS:
             cells = [_cell(operator, word, device_type, refusals) for word in WORDS]
@@ -37,6 +37,13 @@ def main() -> None:
     print()
     for word, reason in refusals.items():
         print(f"{word} is refused: {reason}")
+
+
+def _level(device_type: str) -> str:
+    """Which of the kernels for processors run: those of a level of x86-64."""
+    if device_type != "cpu" or extension.why_not("_ops_cpu") is not None:
+        return ""
+    return f", C++ kernels of level {extension.cpu_level()}"
 
 
 def _cell(operator: str, word: str, device_type: str, refusals: dict[str, str]) -> str:
