@@ -42,7 +42,9 @@ def said(*command):
 def strange_symbols(source, folder):
     """{symbol: what is wrong with it} of a source compiled for a level as CMakeLists.txt has it."""
     features = setting(f"{LEVEL}_features")
-    if subprocess.run(["c++", *features, "-xc++", "-E", "/dev/null"], capture_output=True).returncode:
+    if subprocess.run(
+        ["c++", *features, "-xc++", "-E", "/dev/null"], capture_output=True
+    ).returncode:
         pytest.skip("this compiler knows no levels of x86-64")
     own_name = f"-DVIDEOSWIN_LEVEL={LEVEL}"
     visibility = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]

@@ -24,7 +24,17 @@ ROOT = Path(__file__).parents[1]
 # Beside the others they find little, and take longest.
 SLOW_ROWS = ("export_strict", "copies")
 RUNS = [run for run in suite.runs("window_attention") if run.kernels != "reference"]
-EVERY = suite.every("window_attention", compiled=True)
+# Registered alike; of two kernel sets in C++ on one device, one is enough in minutes.
+EMULATED = suite.Run("cuda", "cpu") if suite.Run("cpu", "cpu") in RUNS else None
+ABSENT = pytest.param(None, marks=pytest.mark.skip("no compiled kernel set runs here"), id="nobody")
+EVERY = pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(run, marks=[pytest.mark.slow] if run == EMULATED else [], id="-".join(run))
+        for run in RUNS
+    ]
+    or [ABSENT],
+)
 
 
 def cell(run, row, subject):
@@ -33,7 +43,7 @@ def cell(run, row, subject):
         marks = [pytest.mark.skip("CUDA graphs need a CUDA GPU")]
     elif row == "inductor" and not (shutil.which("g++") or shutil.which(os.environ.get("CXX", ""))):
         marks = [pytest.mark.skip("Inductor needs a C++ compiler for the CPU")]
-    elif row in SLOW_ROWS:
+    elif row in SLOW_ROWS or run == EMULATED:
         marks = [pytest.mark.slow]
     return pytest.param(run, row, subject, marks=marks, id=f"{'-'.join(run)}-{row}-{subject}")
 

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import model.video_swin
 from model import SwinTransformer3D, VideoSwin, create
 from model.variants import VARIANTS
+from videoswin_kernels.ops import _vectors
 
 SMALL = dict(
     patch_size=(2, 4, 4),
@@ -259,11 +260,14 @@ def test_autocast_runs_matrix_products_in_bfloat16_and_trains_float32_weights():
 
 
 @pytest.mark.trap(31)
-def test_clips_of_many_sizes_leave_nothing_behind():
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+def test_clips_of_many_sizes_leave_nothing_behind(kernels, monkeypatch):
     import gc
 
-    # Kernels keep their vectors of indices, which graphs may hold.
-    backbone = small(depths=(2,), num_heads=(1,), kernels="reference").eval()
+    # Kernels keep vectors of indices: none but the newest under this bound.
+    monkeypatch.setattr(_vectors, "_held", {})
+    monkeypatch.setattr(_vectors, "CPU_BYTES", 1)
+    backbone = small(depths=(2,), num_heads=(1,), kernels=kernels).eval()
 
     def tensors():
         gc.collect()

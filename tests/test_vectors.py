@@ -1,5 +1,6 @@
 """Index vectors on devices: made once, plain, never where a capture would record the copy."""
 
+import functools
 import threading
 
 import pytest
@@ -93,6 +94,76 @@ def test_threads_share_what_the_first_to_finish_made():
     assert all(each is found[0] for each in found)
 
 
+def held_bytes():
+    """What is held of the CPU, without what the tensors themselves take."""
+    each = [found for key, found in _vectors._held.items() if key[-1] == CPU]
+    tensors = [t for found in each for t in ([found] if torch.is_tensor(found) else found[:6])]
+    return sum(t.nbytes for t in tensors)
+
+
+def values(found):
+    """What was looked up, as lists and numbers."""
+    each = (found,) if torch.is_tensor(found) else found
+    return [one.tolist() if torch.is_tensor(one) else one for one in each]
+
+
+def test_of_the_cpu_the_newest_are_held_up_to_a_bound(monkeypatch):
+    calls = []
+    for height in range(3, 40):
+        grid = (2, height, 5)
+        calls.append(functools.partial(window_vectors, "a", grid, WINDOW, SHIFT, CPU))
+        calls.append(functools.partial(shift_vector, "a", grid, SHIFT, CPU))
+        calls.append(functools.partial(merge_vector, "a", grid, CPU))
+    everything = [call() for call in calls]
+    assert all(call() is found for call, found in zip(calls, everything, strict=True))
+    bound = 50_000
+    assert held_bytes() > bound
+    _vectors._held.clear()
+    monkeypatch.setattr(_vectors, "CPU_BYTES", bound)
+    for _ in range(2):
+        found = []
+        for call, expected in zip(calls, everything, strict=True):
+            found.append(call())
+            assert values(found[-1]) == values(expected)
+            assert held_bytes() <= bound
+            # The last two are still held, each as it was made.
+            assert all(c() is f for c, f in zip(calls[: len(found)][-2:], found[-2:], strict=True))
+    assert len(_vectors._held) > 2
+
+
+def test_the_newest_is_held_whatever_its_size(monkeypatch):
+    monkeypatch.setattr(_vectors, "CPU_BYTES", 1)
+    for grid in ((3, 5, 4), (3, 5, 5)):
+        found = window_vectors("a", grid, WINDOW, SHIFT, CPU)
+        assert window_vectors("a", grid, WINDOW, SHIFT, CPU) is found
+        assert len(_vectors._held) == 1
+
+
+def test_vectors_of_a_few_tokens_count_as_the_tensors_that_they_are(monkeypatch):
+    monkeypatch.setattr(_vectors, "CPU_BYTES", 50_000)
+    for depth in range(1, 101):
+        window_vectors("a", (1, 1, 1), (depth, 1, 1), (0, 0, 0), CPU)
+    assert 5 < len(_vectors._held) < 20
+
+
+def test_threads_may_drop_the_same(monkeypatch):
+    class Raced(dict):
+        """Another thread drops what this one has just seen."""
+
+        def copy(self):
+            seen = dict(self)
+            if len(seen) > 1:
+                self.pop(next(iter(seen)))
+            return seen
+
+    monkeypatch.setattr(_vectors, "CPU_BYTES", 1)
+    monkeypatch.setattr(_vectors, "_held", Raced())
+    for height in range(1, 5):
+        found = shift_vector("a", (2, height, 5), (1, 0, 0), CPU)
+        assert found.sort().values.tolist() == list(range(10 * height))
+        assert len(_vectors._held) == 1
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine that says it has one GPU, whose tensors stay on the CPU."""
@@ -116,6 +187,19 @@ def test_a_capture_is_refused_what_is_not_there_yet(gpu, monkeypatch):
     made = window_vectors(*arguments, gpu)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert window_vectors(*arguments, gpu) is made
+
+
+def test_vectors_of_other_devices_are_never_dropped(gpu, monkeypatch):
+    monkeypatch.setattr(_vectors, "CPU_BYTES", 1)
+    kept = {}
+    for device in (gpu, torch.device("meta")):
+        for height in range(3, 20):
+            grid = (2, height, 5)
+            kept[device, grid] = window_vectors("a", grid, WINDOW, SHIFT, device)
+            window_vectors("a", grid, WINDOW, SHIFT, CPU)
+    for (device, grid), found in kept.items():
+        assert window_vectors("a", grid, WINDOW, SHIFT, device) is found
+    assert [key[-1] for key in _vectors._held].count(CPU) == 1
 
 
 def test_a_fake_kernel_warms_a_gpu_that_is_there_for_sizes_that_are_known(gpu):

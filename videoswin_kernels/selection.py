@@ -54,8 +54,8 @@ TABLE = {
     "cpu": dict.fromkeys(OPERATORS, (Entry("cpu"), Entry("reference"))),
 }
 COMPILED = ("cuda", "cpu", "triton")
-# What the arithmetic of kernels for GPUs takes; movement takes any dtype, as do all operators of
-# those floating-point ones on a processor.
+# What the arithmetic of kernels for GPUs takes. Movement takes any dtype; kernels for processors
+# take all that the contracts allow.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_WIDTHS = (16, 32, 64)
 # The widest rows that the CUDA C++ kernels normalise: where 8 divides a token's channels, and else.
@@ -86,6 +86,7 @@ class Call(NamedTuple):
         head_width: channels of an attention head; None for an unknown one.
         has_dropout: whether attention weights are dropped.
         is_too_wide: whether rows to be normalised are (`is_too_wide`).
+        is_transformed: whether a tensor has a tangent or stands in a transform of `torch.func`.
     """
 
     operator: str
@@ -95,6 +96,7 @@ class Call(NamedTuple):
     head_width: int | None = HEAD_WIDTHS[0]
     has_dropout: bool = False
     is_too_wide: bool = False
+    is_transformed: bool = False
 
 
 def check_word(where: str, kernels: object) -> str:
@@ -127,6 +129,11 @@ def reason_against(kernels: str, call: Call) -> str | None:
         return None
     if call.has_dropout:
         return "its kernels have no dropout of attention weights, got dropout above 0"
+    if call.is_transformed:
+        return (
+            "its kernels have no forward-mode derivatives and no transforms of torch.func, "
+            "got a tensor with a tangent or within a transform"
+        )
     if kernels == "cpu":
         return _against_cpu(call)
     return _against_arithmetic(call) or {"triton": _against_triton, "cuda": _against_cuda}[kernels](
@@ -276,12 +283,13 @@ def resolve(
     head_width: int | None = HEAD_WIDTHS[0],
     has_dropout: bool = False,
     is_too_wide: bool = False,
+    is_transformed: bool = False,
 ) -> str:
     """The name of the kernel set that runs a call; arguments as in `Call`, raises as `choose`."""
     check_word(operator, kernels)
     chosen, refusal = _decide(
         *(kernels, operator, device.type, device.index, dtypes),
-        *(head_width, has_dropout, is_too_wide),
+        *(head_width, has_dropout, is_too_wide, is_transformed),
     )
     if chosen is None:
         raise UnavailableError(refusal)

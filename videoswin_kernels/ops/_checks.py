@@ -1,4 +1,4 @@
-"""What every contract checks alike: token grids, vectors over channels, and autocast."""
+"""What every contract checks alike: token grids, vectors over channels, autocast, transforms."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 from videoswin_kernels.geometry import Triple
 
@@ -77,6 +79,27 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if x.dtype == torch.float64 or device not in AUTOCAST_DEVICES:
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether one of the tensors has a tangent or stands in a transform of `torch.func`.
+
+    Registered operators drop tangents without a word (`torch.library.register_autograd`), and are
+    run clip by clip under `torch.vmap`. Where it is traced it is the constant False, also within a
+    transform that is traced itself.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    # A level is open inside of `forward_ad.dual_level` alone.
+    has_level = forward_ad._current_level >= 0
+    for each in tensors:
+        if each is None:
+            continue
+        if is_functorch_wrapped_tensor(each):
+            return True
+        if has_level and forward_ad.unpack_dual(each).tangent is not None:
+            return True
+    return False
 
 
 def without_autocast(x: Tensor) -> torch.autocast:

@@ -2,8 +2,9 @@
 
 Operators carry integers alone, so a compiled or exported program holds no vector: what it was
 traced with cannot go stale, and one program serves every grid. Vectors are made once for each
-(grid, window, shift, device) and kept for the life of the process, 12 bytes a token: CUDA graphs
-that have captured a kernel hold their addresses.
+(grid, window, shift, device), 12 bytes a token. On a GPU they are kept for the life of the
+process: CUDA graphs that have captured a kernel hold their addresses. On a CPU nothing but a
+running call does, and the oldest are dropped beyond `CPU_BYTES`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,13 @@ class WindowVectors(NamedTuple):
     has_mask: bool
     canonical_depth: int
 
+
+# Clips of ever new sizes would fill a server's memory. This is a hundred grids of 16 x 56 x 56
+# tokens: a model of one size looks up two of its largest, and smaller ones.
+CPU_BYTES = 64 * 2**20
+# What a tensor of a few values takes (730 bytes, torch 2.15 on Linux, 2026-11): else the vectors of
+# small grids would count for nothing.
+TENSOR_BYTES = 768
 
 _held: dict[tuple, WindowVectors | Tensor] = {}
 
@@ -122,7 +130,27 @@ def _lookup(
     with ThreadPoolExecutor(max_workers=1) as fresh:
         made = fresh.submit(build).result()
     # Two callers may build the same; the first to finish is kept, as a kernel may hold it already.
-    return _held.setdefault(key, made)
+    kept = _held.setdefault(key, made)
+    if device.type == "cpu":
+        _drop_oldest()
+    return kept
+
+
+def _drop_oldest() -> None:
+    """Leaves the newest vectors of the CPU, up to `CPU_BYTES` and at least one; no others go.
+
+    Callers hold what they use. Two threads may drop the same.
+    """
+    total, is_newest = 0, True
+    # A copy, as one step that no thread comes between, in the order in which they were made.
+    for key, vectors in reversed(_held.copy().items()):
+        if key[-1].type != "cpu":
+            continue
+        each = (vectors,) if isinstance(vectors, Tensor) else vectors[:6]
+        total += sum(vector.nbytes + TENSOR_BYTES for vector in each)
+        if total > CPU_BYTES and not is_newest:
+            _held.pop(key, None)
+        is_newest = False
 
 
 def _copied(vector: Any, device: torch.device) -> Tensor:

@@ -20,6 +20,7 @@ from videoswin_kernels.ops._checks import (
     check_number,
     check_tensor,
     check_vector,
+    is_transformed,
     without_autocast,
 )
 from videoswin_kernels.ops._declare import NAMESPACES, Operator, declare
@@ -125,6 +126,7 @@ def window_attention(
         (dtype, bias_table.dtype),
         known_width(width),
         has_dropout=has_dropout,
+        is_transformed=is_transformed(qkv, bias_table, pad_qkv),
     )
     if chosen != "reference":
         operator = NAMESPACES[chosen].window_attention

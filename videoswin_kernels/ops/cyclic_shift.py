@@ -9,7 +9,7 @@ from torch import Tensor
 
 from videoswin_kernels import reference
 from videoswin_kernels.geometry import Triple, check_triple
-from videoswin_kernels.ops._checks import check_grid
+from videoswin_kernels.ops._checks import check_grid, is_transformed
 from videoswin_kernels.ops._declare import NAMESPACES, Operator, declare
 from videoswin_kernels.ops._vectors import shift_vector
 from videoswin_kernels.selection import resolve
@@ -38,7 +38,8 @@ def cyclic_shift(x: Tensor, shift: Triple, *, kernels: str = "auto") -> Tensor:
     """
     grid = check_grid("cyclic_shift", "x", x)
     shift = check_triple("cyclic_shift", "shift", shift, None)
-    chosen = resolve("cyclic_shift", kernels, x.device, (x.dtype,))
+    transformed = is_transformed(x)
+    chosen = resolve("cyclic_shift", kernels, x.device, (x.dtype,), is_transformed=transformed)
     if chosen == "reference":
         return reference.cyclic_shift(x, shift)
     # Within the grid first: a schema takes no integer beyond 64 bits, and a shift may be any.

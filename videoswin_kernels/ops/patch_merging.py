@@ -15,6 +15,7 @@ from videoswin_kernels.ops._checks import (
     check_grid,
     check_number,
     check_vector,
+    is_transformed,
     without_autocast,
 )
 from videoswin_kernels.ops._declare import NAMESPACES, Operator, declare
@@ -60,7 +61,10 @@ def patch_merging(
     dtype = autocast_dtype(x) or x.dtype
     dtypes = (x.dtype, weight.dtype, bias.dtype, dtype)
     too_wide = is_too_wide(4 * x.shape[-1], x.shape[-1])
-    chosen = resolve(where, kernels, x.device, dtypes, is_too_wide=too_wide)
+    transformed = is_transformed(x, weight, bias)
+    chosen = resolve(
+        where, kernels, x.device, dtypes, is_too_wide=too_wide, is_transformed=transformed
+    )
     if chosen == "reference":
         with without_autocast(x):
             return reference.patch_merging(x, weight, bias, eps, dtype)

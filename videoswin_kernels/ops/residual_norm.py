@@ -17,6 +17,7 @@ from videoswin_kernels.ops._checks import (
     check_number,
     check_tensor,
     check_vector,
+    is_transformed,
     without_autocast,
 )
 from videoswin_kernels.ops._declare import NAMESPACES, Operator, declare
@@ -86,7 +87,10 @@ def residual_norm(
     tensors = (x, branch, weight, bias, *([] if branch_scale is None else [branch_scale]))
     dtypes = (*(each.dtype for each in tensors), dtype)
     too_wide = is_too_wide(x.shape[-1], x.shape[-1])
-    chosen = resolve(where, kernels, x.device, dtypes, is_too_wide=too_wide)
+    transformed = is_transformed(*tensors)
+    chosen = resolve(
+        where, kernels, x.device, dtypes, is_too_wide=too_wide, is_transformed=transformed
+    )
     if chosen == "reference":
         with without_autocast(x):
             return reference.residual_norm(x, branch, weight, bias, eps, branch_scale, dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from videoswin_kernels import reference
 from videoswin_kernels.geometry import Triple, check_triple, check_window, clamp_window
-from videoswin_kernels.ops._checks import check_grid, check_tensor
+from videoswin_kernels.ops._checks import check_grid, check_tensor, is_transformed
 from videoswin_kernels.ops._declare import NAMESPACES, Operator, declare
 from videoswin_kernels.ops._vectors import window_vectors
 from videoswin_kernels.selection import resolve
@@ -40,7 +40,8 @@ def window_partition(
     """
     check_grid("window_partition", "x", x)
     window, shift = check_window("window_partition", window, shift)
-    chosen = resolve("window_partition", kernels, x.device, (x.dtype,))
+    transformed = is_transformed(x)
+    chosen = resolve("window_partition", kernels, x.device, (x.dtype,), is_transformed=transformed)
     if chosen == "reference":
         return reference.window_partition(x, window, shift)
     return NAMESPACES[chosen].window_partition(x, window, shift)
@@ -83,7 +84,8 @@ def window_reverse(
             f"{where}: windows must be [B * {count}, {tokens}, C] for grid {grid} and window "
             f"{window}, got {list(windows.shape)}"
         )
-    chosen = resolve(where, kernels, windows.device, (windows.dtype,))
+    transformed = is_transformed(windows)
+    chosen = resolve(where, kernels, windows.device, (windows.dtype,), is_transformed=transformed)
     if chosen == "reference":
         return reference.window_reverse(windows, grid, window, shift)
     return NAMESPACES[chosen].window_reverse(windows, grid, window, shift)
