@@ -48,10 +48,12 @@ class Choice(NamedTuple):
 
 # Order of preference for each device type and operator; `reference` is always the last.
 _CUDA = (Entry("triton"), Entry("cuda"), Entry("reference"))
+_CPU_ROW = "bench/results/xeon_avx512_2_cores.jsonl: attention, stage 1, float32"
 _CUDA_ATTENTION = (Entry("cuda"), Entry("triton"), Entry("reference"))
 TABLE = {
     "cuda": dict.fromkeys(OPERATORS, _CUDA) | {"window_attention": _CUDA_ATTENTION},
-    "cpu": dict.fromkeys(OPERATORS, (Entry("cpu"), Entry("reference"))),
+    "cpu": dict.fromkeys(OPERATORS, (Entry("cpu"), Entry("reference")))
+    | {"window_attention": (Entry("cpu", _CPU_ROW), Entry("reference"))},
 }
 COMPILED = ("cuda", "cpu", "triton")
 # What the arithmetic of kernels for GPUs takes. Movement takes any dtype; kernels for processors
