@@ -6,6 +6,7 @@ import re
 import operator_suite as suite
 import pytest
 import torch
+from test_cpu_exponentials import at_level
 from test_declared import Calls
 
 from videoswin_kernels import extension, window_attention
@@ -22,7 +23,8 @@ needs_library = pytest.mark.skipif(
 @pytest.mark.parametrize("dtype", suite.DTYPES, ids=str)
 def test_fused_and_auto_are_cpu_on_cpu_tensors(operator, dtype):
     widths = (None, 1, 7, 32, 48)
-    for word, width, is_too_wide in itertools.product(("fused", "auto"), widths, (False, True)):
+    words = ("fused",) if extension.cpu_level() == "baseline" else ("fused", "auto")
+    for word, width, is_too_wide in itertools.product(words, widths, (False, True)):
         call = Call(operator, dtypes=(dtype,), head_width=width, is_too_wide=is_too_wide)
         assert choose(call, word).kernels == "cpu"
     with Calls("cpu") as calls:
@@ -79,3 +81,13 @@ def test_where_the_library_is_absent_whoever_calls_is_told(operator, monkeypatch
         getattr(torch.ops.videoswin_cpu, operator)(**arguments)
     assert str(around.value) == str(by_name.value)
     assert "cannot run: _ops_cpu is not built; build it; use" in str(around.value)
+
+
+@needs_library
+@OPERATOR
+def test_auto_stays_with_the_reference_where_nobody_has_measured_the_level(operator):
+    with at_level("baseline"):
+        found = choose(Call(operator), "auto")
+        assert found.kernels == "reference"
+        assert "AVX2" in found.reason
+        assert choose(Call(operator), "fused").kernels == "cpu"

@@ -48,8 +48,8 @@ class Choice(NamedTuple):
 
 # Order of preference for each device type and operator; `reference` is always the last.
 _CUDA = (Entry("triton"), Entry("cuda"), Entry("reference"))
-_CPU_ROW = "bench/results/xeon_avx512_2_cores.jsonl: attention, stage 1, float32"
 _CUDA_ATTENTION = (Entry("cuda"), Entry("triton"), Entry("reference"))
+_CPU_ROW = "bench/results/xeon_avx512_2_cores.jsonl: attention, stage 1, float32"
 TABLE = {
     "cuda": dict.fromkeys(OPERATORS, _CUDA) | {"window_attention": _CUDA_ATTENTION},
     "cpu": dict.fromkeys(OPERATORS, (Entry("cpu"), Entry("reference")))
@@ -253,12 +253,21 @@ def _first_of_table(call: Call, kernels: str) -> Choice:
         reason = reason_against(name, call)
         if name not in entries:
             reason = reason or f"not for {device_type} tensors, except by name"
+        if reason is None and kernels == "auto" and name == "cpu":
+            reason = _against_level(device_type)
         if reason is None:
             why = "; ".join([f"first that runs on {device_type}", *reasons])
             return Choice(operator, name, why, entries[name].row)
         reasons.append(f"{name}: {reason}")
     said = "; ".join(reasons)
     raise UnavailableError(f"{operator}: kernels='fused' cannot run: {said}; {CURE}")
+
+
+def _against_level(device_type: str) -> str | None:
+    """Why `auto` leaves kernels for processors alone that `fused` takes; None if it does not."""
+    if device_type != "cpu" or extension.cpu_level() != "baseline":
+        return None
+    return "no row has shown its kernels to be faster on a processor without AVX2"
 
 
 # Filled by the first call of each kind; nothing that decides can change in a process.

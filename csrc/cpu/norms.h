@@ -1,6 +1,7 @@
 // LayerNorm of a row and its gradient, and the sums of its gradients over rows.
 //
-// Rows are widened into scratch memory of whole vectors, with zeros after the last channel.
+// Rows are widened into scratch memory of whole vectors; what stands after the last channel is made
+// to count for nothing, by zeros or by the mean.
 #pragma once
 
 #include "rows.h"
