@@ -125,7 +125,8 @@ def sources() -> str:
 def host_allocator() -> str:
     """The state of glibc's allocator: "default" or "pooled" (large blocks are kept when freed).
 
-    Found by trying: 64 MB are beyond what an untuned glibc ever takes from its pool.
+    Found by trying: an untuned glibc maps each block of 64 MB, but for those that freed memory of
+    its heap has room for. So blocks are asked for until one is mapped or that room is used up.
     """
     if platform.libc_ver()[0] != "glibc" or os.environ.get("LD_PRELOAD"):
         return "not glibc's"
@@ -136,12 +137,17 @@ def host_allocator() -> str:
     class Information(ctypes.Structure):
         _fields_ = tuple((f"field_{number}", ctypes.c_size_t) for number in range(10))
 
-    mapped_blocks = "field_3"  # hblks, the fourth of malloc.h's struct mallinfo2
+    mapped_blocks, free_bytes = "field_3", "field_8"  # hblks and fordblks of struct mallinfo2
     library.mallinfo2.restype = Information
     library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     library.free.argtypes = [ctypes.c_void_p]
-    before = getattr(library.mallinfo2(), mapped_blocks)
-    block = library.malloc(64 * 2**20)
-    after = getattr(library.mallinfo2(), mapped_blocks)
-    library.free(block)
-    return "default" if after > before else "pooled"
+    before, size, blocks = library.mallinfo2(), 64 * 2**20, []
+    try:
+        for _ in range(getattr(before, free_bytes) // size + 1):
+            blocks.append(library.malloc(size))
+            if getattr(library.mallinfo2(), mapped_blocks) > getattr(before, mapped_blocks):
+                return "default"
+        return "pooled"
+    finally:
+        for block in blocks:
+            library.free(block)

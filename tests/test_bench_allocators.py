@@ -1,15 +1,35 @@
 """The benches' option --allocator: its default, its refusals, and a process for each state."""
 
 import argparse
+import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from bench import allocators
 from bench.harness import Rows
 
+ROOT = Path(__file__).resolve().parents[1]
 HEADER = {"card": "a card", "commit": "a commit"}
+# Blocks too small to be mapped are of the heap; all but the last freed, they leave 150 MB of room.
+ROOM = """
+import ctypes
+library = ctypes.CDLL(None)
+library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+library.free.argtypes = [ctypes.c_void_p]
+blocks = [library.malloc(100_000) for _ in range(1500)]
+for block in blocks[:-1]:
+    library.free(block)
+"""
+SET = """
+import sys
+from bench.machine import host_allocator
+from train.allocator import set_allocator
+set_allocator(sys.argv[1])
+"""
 
 
 def allocator_of(monkeypatch, found, device="cpu", word=None):
@@ -31,6 +51,16 @@ def test_both_states_are_the_default_of_a_cpu_with_glibc(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         allocator_of(monkeypatch, "default", "cuda", "default")
     assert "--allocator is for a CPU" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the states are glibc's")
+@pytest.mark.parametrize("room", ["", ROOM], ids=["small", "roomy"])
+@pytest.mark.parametrize("word", allocators.STATES)
+def test_the_state_is_found_whatever_room_the_heap_has(room, word):
+    command = [sys.executable, "-c", SET + room + "print(host_allocator())", word]
+    unset = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(command, cwd=ROOT, env=unset, capture_output=True, text=True)
+    assert done.stdout.split() == [word], done.stderr
 
 
 @pytest.mark.parametrize(("found", "word"), [("pooled", "default"), ("not glibc's", "pooled")])
