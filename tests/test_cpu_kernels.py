@@ -17,7 +17,7 @@ from test_cpu_exponentials import LEVELS, at_level
 
 import videoswin_kernels
 from videoswin_kernels import extension, patch_merging, residual_norm, window_attention
-from videoswin_kernels.testing import Case
+from videoswin_kernels.testing import LARGE, Case
 
 pytestmark = pytest.mark.skipif(
     extension.why_not("_ops_cpu") is not None, reason=str(extension.why_not("_ops_cpu"))
@@ -226,6 +226,21 @@ def test_the_same_bits_at_every_level_whoever_calls(level, threads):
 @pytest.mark.parametrize("width", [1, 7, 24, 40, 48, 96])
 def test_any_head_width(width, heads, dtype):
     check_attention(PADDED if heads == 1 else CLAMPED, heads, width, dtype)
+
+
+@pytest.mark.parametrize("width", [16, 32])
+@pytest.mark.parametrize("name", ["16x7x7", "beyond 784"])
+def test_sums_over_all_keys_of_a_window_are_no_chains(name, width):
+    """Hundreds of values of one sign: each rounding of a chain would be that of a large sum."""
+    case = LARGE[name]
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(1, *case.grid, 3 * width, generator=generator) / 10
+    qkv[..., 2 * width :].abs_().add_(1)
+    table = torch.randn(loops.table_rows(case.window), 1, generator=generator) / 10
+    inputs = qkv, table, qkv[0, 0, 0, 0].clone()
+    naive = attend(case, *inputs, function=plain.attention)
+    exact = attend(case, *(value.double() for value in inputs), function=plain.attention)
+    suite.assert_budget(attend(case, *inputs, kernels="cpu"), exact, naive, torch.float32)
 
 
 @DTYPE

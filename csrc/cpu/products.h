@@ -6,9 +6,14 @@
 
 namespace videoswin::cpu::VIDEOSWIN_LEVEL {
 
+// Sums of more terms are sums of sums of so many: what a chain of roundings is off by grows with
+// it.
+constexpr int64_t CHAIN = 64;
+
 // out[m, n] = start[m, n] + sum over k of left[m, k] * right[k, n], for n of one tile.
 //
-// `left` may stand in memory either way, by its strides. Without `start` sums begin with 0.
+// `left` may stand in memory either way, by its strides. Without `start` there is none, and where
+// it `adds` the old out[m, n] is one more term.
 template <typename Real>
 struct Product {
   Real* out;
@@ -18,6 +23,7 @@ struct Product {
   int64_t left_row, left_step;
   const Real* right;
   int64_t right_row, depth;
+  bool adds = false;
 };
 
 template <typename Real, int ROWS>
@@ -35,6 +41,13 @@ __attribute__((noinline)) void multiply_tile(const Product<Real>& call) {
     }
     left += left_step;
     right += right_row;
+  }
+  if (call.adds) {
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS; ++m) {
+      sum[m][0] += load(call.out + m * call.out_row);
+      sum[m][1] += load(call.out + m * call.out_row + LANES<Real>);
+    }
   }
   if (call.start) {
     // Last: as their beginning a large bias would cost each of the sums a few bits.
@@ -59,7 +72,7 @@ inline void multiply_rest(const Product<Real>& call, int64_t rows) {
 
 // The product of any number of rows.
 template <typename Real>
-inline void multiply(Product<Real> call, int64_t rows) {
+inline void multiply_rows(Product<Real> call, int64_t rows) {
   for (; rows > TILE_ROWS; rows -= TILE_ROWS) {
     multiply_tile<Real, TILE_ROWS>(call);
     call.out += TILE_ROWS * call.out_row;
@@ -67,6 +80,22 @@ inline void multiply(Product<Real> call, int64_t rows) {
     call.left += TILE_ROWS * call.left_row;
   }
   multiply_rest<Real, TILE_ROWS>(call, rows);
+}
+
+// The product of any number of rows and terms.
+template <typename Real>
+inline void multiply(Product<Real> call, int64_t rows) {
+  while (call.depth > CHAIN) {
+    Product<Real> part = call;
+    part.start = nullptr;
+    part.depth = CHAIN;
+    multiply_rows(part, rows);
+    call.adds = true;
+    call.left += CHAIN * call.left_step;
+    call.right += CHAIN * call.right_row;
+    call.depth -= CHAIN;
+  }
+  multiply_rows(call, rows);
 }
 
 }  // namespace videoswin::cpu::VIDEOSWIN_LEVEL
