@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 OLDEST := $(VENV)-oldest/bin/python
-# Side by side, a file in one process, which keeps what its tests share.
-SPREAD := -n auto --maxprocesses 4 --dist loadfile
+# Side by side, a file in one process, which keeps what its tests share; tests/conftest.py orders them.
+SPREAD := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 OUTPUT := runs/demo
 VIDEOS := runs/demo-videos
 # Whose tests are run with the oldest torch and Triton, too.
@@ -25,6 +25,8 @@ demo: $(VENV)/.demo libraries
 test: $(VENV)/.test libraries
 	$(RUN) -m pytest $(SPREAD) -m "not slow"
 
+# Here the mistakes need no control of their own: all tests run without any.
+verify: MUTANTS := --without-control
 verify: $(VENV)/.test libraries oldest orders mutants
 	$(RUN) -m pytest $(SPREAD)
 
@@ -41,7 +43,7 @@ orders: $(VENV)/.test libraries
 	done
 
 mutants: $(VENV)/.test
-	$(RUN) tests/mutations/run.py
+	$(RUN) tests/mutations/run.py $(MUTANTS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .

@@ -51,9 +51,24 @@ SLOW_INTERPRETED = (
 )
 
 
+# Files that take minutes: begun first, or one process is busy with the last of them alone.
+LONGEST = (
+    *("triton_compiles", "attention", "sanitized", "attention_windows", "first_touch"),
+    *("kernel_sets", "demo", "attention_backward", "build", "train_kernels", "cuda_attention"),
+    *("cpu_sanitized", "bench_attention", "train", "train_commands"),
+)
+
+
+def place_of(item):
+    """Where the file of a test stands in the order."""
+    name = item.path.stem.removeprefix("test_")
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Leaves to `make verify` what takes long where Triton is interpreted."""
+    """Long files first; leaves to `make verify` what takes long where Triton is interpreted."""
+    items.sort(key=place_of)
     for item in items:
         run = item.callspec.params.get("run") if hasattr(item, "callspec") else None
         if item.name.partition("[")[0] in SLOW_INTERPRETED and run and run.is_interpreted:

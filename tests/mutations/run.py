@@ -1,9 +1,10 @@
 """Plants each mistake of this folder in a copy of the last commit; the tests it names must fail.
 
-`python tests/mutations/run.py [NAME...]`. A patch begins with a sentence that says what is wrong in
-it, and a line `tests: ` with what pytest is to run; where it touches C++, the libraries are built
-anew, and of those tests it is the ones of their kernels, CUDA's emulated. Exits with 1 where a
-mistake went unseen, where the tests fail without it, or where a patch no longer fits the code.
+`python tests/mutations/run.py [--without-control] [NAME...]`. A patch begins with a sentence that
+says what is wrong in it, and a line `tests: ` with what pytest is to run; where it touches C++, the
+libraries are built anew, and of those tests it is the ones of their kernels, CUDA's emulated. Exits
+with 1 where a mistake went unseen, where the tests fail without it (the control), or where a patch
+no longer fits the code.
 """
 
 import argparse
@@ -91,8 +92,10 @@ def judge(tree: Path, patch: Path, tests: list[str]) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="patches to try (default: all)")
-    names = parser.parse_args().names
-    patches = [FOLDER / f"{name}.patch" for name in names] or sorted(FOLDER.glob("*.patch"))
+    help = "where all tests are run without any mistake anyway"
+    parser.add_argument("--without-control", action="store_true", help=help)
+    options = parser.parse_args()
+    patches = [FOLDER / f"{name}.patch" for name in options.names] or sorted(FOLDER.glob("*.patch"))
     asked = {}
     for patch in patches:
         lines = patch.read_text(encoding="utf-8").splitlines()
@@ -121,7 +124,8 @@ def main() -> int:
             elif status:
                 print("the C++ libraries do not compile without any mutation")
                 return 1
-        if run_tests(tree, sound, f"-n{processes}", "--dist=loadfile") != PASSED:
+        spread = (f"-n{processes}", "--dist=loadfile")
+        if not options.without_control and run_tests(tree, sound, *spread) != PASSED:
             print(f"these fail without any mutation: {' '.join(sound)}")
             return 1
         trees.put(tree)
