@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,11 +23,13 @@ from bench import allocators, floors, harness
 from bench.attention_options import DTYPES, PRESETS, Setting, parse, settings
 from bench.attention_peers import Problem
 from bench.attention_providers import MAKERS, Judge, differentiate, refusal
+from bench.attention_torchvision import Torchvision
 from bench.harness import Rows, clocks, measure, peak_memory
 from videoswin_kernels import window_attention
 from videoswin_kernels.selection import explain
 
 COLUMNS = {
+    "model": "model",
     "stage": "stage",
     "direction": "direction",
     "shifted": "shifted",
@@ -35,6 +37,7 @@ COLUMNS = {
     "provider": "provider",
     "ms": "median ms",
     "spread": "20-80 %",
+    "noise_percent": "+- %",
     "tflops": "TFLOP/s",
     "floor_percent": "% of floor",
     "peak_mb": "peak MB",
@@ -46,22 +49,29 @@ def prepare(provider: str, problem: Problem, direction: str) -> Callable[[], obj
     """The function that is timed; for the backward, its forward has run by then."""
     trains = direction != "forward"
     problem = problem.leaves() if trains else problem
-    forward = MAKERS[provider](problem, trains)
+    forward, leaves = MAKERS[provider](problem, trains), problem.tensors
+    if isinstance(forward, Torchvision):
+        forward.isolate()
+        leaves = forward.leaves
     if not trains:
         return torch.no_grad()(forward)
     # Random, as zeros or ones would hide what they multiply.
     upstream = torch.randn_like(problem.qkv[..., : problem.qkv.shape[-1] // 3])
     if direction == "backward":
         out = forward()
-        return lambda: differentiate(out, problem, upstream, keep=True)
-    return lambda: differentiate(forward(), problem, upstream)
+        return lambda: differentiate(out, leaves, upstream, keep=True)
+    return lambda: differentiate(forward(), leaves, upstream)
 
 
-def attempt(provider: str, problem: Problem, judge: Judge, direction: str) -> tuple:
+def attempt(
+    provider: str, problem: Problem, judge: Judge, direction: str, excused: Collection[str] = ()
+) -> tuple:
     """(the function to be timed, or None, and the items of its row that are known by then)."""
     with_gradients = direction != "forward"
 
     def make() -> tuple:
+        if provider in excused:
+            return None, {"reason": f"takes minutes to compile; --providers {provider} asks for it"}
         reason = refusal(provider, problem, with_gradients)
         if reason is not None:
             return None, {"reason": reason}
@@ -80,12 +90,14 @@ def compare(
     problem: Problem,
     judge: Judge,
     ceilings: floors.Ceilings,
+    excused: Collection[str] = (),
 ) -> Iterator[dict]:
     """The rows of a setting and direction, one for each provider, all measured together."""
     device, preset = problem.qkv.device, PRESETS[setting.preset]
     attempts = {}
     for provider in providers:
-        attempts[provider] = function, items = attempt(provider, problem, judge, direction)
+        found = attempt(provider, problem, judge, direction, excused)
+        attempts[provider] = function, items = found
         if isinstance(items.get("fault"), torch.AcceleratorError):
             # Nothing after it can run on this device in this process.
             yield {**setting.key, "direction": direction, "provider": provider, **items}
@@ -98,34 +110,18 @@ def compare(
         floors.attention(setting.stage, setting.batch, part, itemsize)
         for part in direction.split("+")
     ]
-    floor_ms, bound = floors.floor(works, ceilings)
     for provider, (function, items) in attempts.items():
         row = {**setting.key, "direction": direction, "provider": provider, **items}
         if function:
             ms = timings[provider].median
+            row |= {**timings[provider].items, **floors.items(works, ceilings, ms)}
             row.update(
-                timings[provider].items,
                 tflops=sum(work.flops for work in works) / ms / 1e9,
-                floor_ms=floor_ms,
-                floor_bound=bound,
-                floor_percent=100 * floor_ms / ms,
-                ceilings=ceilings.source,
                 peak_mb=peak_memory(function, device) / 1e6,
                 times_eager=timings["eager"].median / ms if "eager" in timings else None,
                 clocks_after=clocks_after,
             )
         yield row
-
-
-def find_ceilings(rows: Rows, device: torch.device, dtype: str, seconds: float) -> floors.Ceilings:
-    """This machine's ceilings, measured once for a file of rows."""
-    key = {"bench": "ceilings", "dtype": dtype}
-    row = rows.find(key)
-    if row is None:
-        measured = floors.measure_ceilings(device, DTYPES[dtype], seconds=seconds)
-        rows.append({**key, **measured._asdict()})
-        return measured
-    return floors.Ceilings(*(row[name] for name in floors.Ceilings._fields))
 
 
 def run(options: argparse.Namespace, rows: Rows) -> int:
@@ -135,7 +131,7 @@ def run(options: argparse.Namespace, rows: Rows) -> int:
     """
     began, bad, left = time.monotonic(), 0, 0
     device, preset = torch.device(options.device), PRESETS[options.preset]
-    ceilings = find_ceilings(rows, device, options.dtype, min(preset.seconds, 0.6))
+    ceilings = floors.find_ceilings(rows, device, options.dtype, min(preset.seconds, 0.6))
     for setting in settings(options):
         problem = judge = None
         for direction in options.direction:
@@ -148,16 +144,19 @@ def run(options: argparse.Namespace, rows: Rows) -> int:
                 left += 1
                 continue
             if problem is None:
+                # Else what is compiled for many settings counts as compiled too often.
+                torch._dynamo.reset()
                 problem = setting.problem(device)
                 judge = Judge(problem.first_clips())
             # All of them again where one is missing: they are comparable only within one run.
-            for row in compare(setting, direction, options.providers, problem, judge, ceilings):
+            shared = (options.providers, problem, judge, ceilings, options.excused)
+            for row in compare(setting, direction, *shared):
                 row.pop("fault", None)
                 bad += "wrong" in row or "failed" in row
                 if not rows.has({**key, "provider": row["provider"]}):
                     rows.append(row)
-            done = f"stage {setting.number}, {'shifted, ' * setting.shifted}{direction}: done"
-            print(done, file=sys.stderr, flush=True)
+            place = f"{setting.model} stage {setting.number}, {'shifted, ' * setting.shifted}"
+            print(f"{place}{direction}: done", file=sys.stderr, flush=True)
     if left:
         said = f"{left} settings are left after {options.minutes} minutes; the same command, with\n"
         print(f"{said}the same --json FILE, continues", file=sys.stderr)

@@ -11,9 +11,11 @@ import torch
 
 from bench import allocators
 from bench.attention_peers import Problem
-from bench.attention_providers import MAKERS
+from bench.attention_providers import COMPILED, MAKERS
+from bench.sizes import stages
+from model.variants import VARIANTS
 from videoswin_kernels.geometry import check_window, clamp_window
-from videoswin_kernels.testing import PRODUCTION, Case, Stage, Triple
+from videoswin_kernels.testing import Case, Stage, Triple
 
 # Both ways, and one after the other as in training.
 DIRECTIONS = ("forward", "backward", "forward+backward")
@@ -27,7 +29,7 @@ class Preset(NamedTuple):
         grid: the largest token grid; that of a stage is cut to it.
         batch: clips.
         seconds: how long the providers of one stage and direction repeat, all of them together.
-        least: repetitions there are at least.
+        least: rounds of all of them there are at least.
     """
 
     grid: Triple
@@ -37,10 +39,11 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "full": Preset((16, 56, 56), 8, 1.5, 5),
-    # A CPU's: one clip.
-    "clip": Preset((16, 56, 56), 1, 2.0, 3),
-    "small": Preset((16, 14, 7), 1, 0.3, 3),
+    "full": Preset((16, 56, 56), 8, 1.5, 6),
+    # One clip: as much as a CPU is asked for.
+    "clip": Preset((16, 56, 56), 1, 2.0, 6),
+    # Its rows are never among the published ones.
+    "small": Preset((16, 14, 7), 1, 0.3, 6),
     # For the bench's own tests: its times mean nothing.
     "tiny": Preset((2, 5, 6), 2, 0.0, 1),
 }
@@ -49,6 +52,7 @@ PRESETS = {
 class Setting(NamedTuple):
     """What all providers are measured with."""
 
+    model: str
     number: int
     stage: Stage
     shifted: bool
@@ -62,6 +66,7 @@ class Setting(NamedTuple):
         return {
             "bench": "attention",
             "preset": self.preset,
+            "model": self.model,
             "stage": self.number,
             "shifted": self.shifted,
             "dtype": self.dtype,
@@ -80,18 +85,24 @@ class Setting(NamedTuple):
 def settings(options: argparse.Namespace) -> Iterator[Setting]:
     """Those that the options ask for; a shift that all axes clamp away is left out."""
     preset = PRESETS[options.preset]
-    for number, stage in enumerate(PRODUCTION.values(), 1):
-        if number not in options.stage:
-            continue
-        grid = tuple(map(min, preset.grid, stage.case.grid))
+    for number, stage in sized(options):
+        grid, window, shift = stage.case
         for shifted in options.shifted:
-            shift = tuple(w // 2 for w in options.window) if shifted else (0, 0, 0)
-            if shifted and not any(clamp_window(grid, options.window, shift)[1]):
+            shift = tuple(w // 2 for w in window) if shifted else (0, 0, 0)
+            if shifted and not any(clamp_window(grid, window, shift)[1]):
                 continue
-            case = Case(grid, options.window, shift)
+            exact = stage._replace(case=Case(grid, window, shift))
             batch = options.batch or preset.batch
-            stage = stage._replace(case=case)
-            yield Setting(number, stage, shifted, batch, options.dtype, options.preset)
+            names = (options.dtype, options.preset)
+            yield Setting(options.model, number, exact, shifted, batch, *names)
+
+
+def sized(options: argparse.Namespace) -> Iterator[tuple[int, Stage]]:
+    """(number, stage) of the model's stages that are asked for, on the grid of the preset."""
+    for number, stage in enumerate(stages(options.model, window=options.window), 1):
+        if number in options.stage:
+            grid = tuple(map(min, PRESETS[options.preset].grid, stage.case.grid))
+            yield number, stage._replace(case=stage.case._replace(grid=grid))
 
 
 def parser_of(
@@ -101,12 +112,14 @@ def parser_of(
     parser = argparse.ArgumentParser(prog=f"bench/{script}", description=about)
     found = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=found)
-    parser.add_argument("--preset", choices=PRESETS, help="default: full on a GPU, clip on a CPU")
-    parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), help="default: all four")
+    parser.add_argument("--preset", choices=PRESETS, help="default: full on a GPU, small on a CPU")
+    parser.add_argument("--model", choices=VARIANTS, default="swin_t", help="default: %(default)s")
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4), help="default: all of them")
+    parser.add_argument("--window", metavar="D,H,W", help="tokens; default: that of the model")
     parser.add_argument("--direction", choices=(*directions, "both"), default="both")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--batch", type=int, help="clips; default: that of the preset")
-    parser.add_argument("--providers", default=",".join(providers), help="default: %(default)s")
+    parser.add_argument("--providers", help=f"default: {','.join(providers)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="rows are added; continues")
     parser.add_argument("--minutes", type=float, help="begin no other setting after this time")
     allocators.add_option(parser)
@@ -124,16 +137,24 @@ def settle(
     is_cuda = options.device == "cuda"
     if is_cuda and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA GPU here")
-    options.preset = options.preset or ("full" if is_cuda else "clip")
+    options.preset = options.preset or ("full" if is_cuda else "small")
     options.dtype = options.dtype or ("bfloat16" if is_cuda else "float32")
     options.stage = (options.stage,) if options.stage else (1, 2, 3, 4)
     options.direction = directions if options.direction == "both" else (options.direction,)
-    options.providers = options.providers.split(",")
+    is_small = options.preset in ("small", "tiny")
+    options.excused = COMPILED if is_small and options.providers is None else ()
+    options.providers = options.providers.split(",") if options.providers else list(providers)
     unknown = set(options.providers) - set(providers)
     if unknown:
         parser.error(f"--providers: {', '.join(sorted(unknown))} is none of {', '.join(providers)}")
     if options.batch is not None and options.batch < 1:
         parser.error(f"--batch must be at least 1, got {options.batch}")
+    if options.window is not None:
+        try:
+            window = tuple(map(int, options.window.split(",")))
+            options.window, _ = check_window("--window", window, (0, 0, 0))
+        except ValueError as error:
+            parser.error(str(error))
     allocators.settle(parser, options)
     return options
 
@@ -142,13 +163,6 @@ def parse(arguments: Sequence[str] | None, about: str | None = None) -> argparse
     """The options of the attention bench."""
     parser = parser_of("attention.py", about, DIRECTIONS, MAKERS)
     parser.add_argument("--shifted", choices=("yes", "no", "both"), default="both")
-    parser.add_argument("--window", default="8,7,7", help="configured window, tokens: 8,7,7")
     options = settle(parser, arguments, DIRECTIONS, MAKERS)
     options.shifted = {"yes": (True,), "no": (False,), "both": (False, True)}[options.shifted]
-    try:
-        options.window, _ = check_window(
-            "--window", tuple(map(int, options.window.split(","))), (0, 0, 0)
-        )
-    except ValueError as error:
-        parser.error(str(error))
     return options

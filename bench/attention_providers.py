@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from bench.attention_compiled import compiled, flex
 from bench.attention_peers import Problem, eager, sdpa
+from bench.attention_torchvision import Torchvision
 from bench.harness import error, gate
 from videoswin_kernels import window_attention
 from videoswin_kernels.selection import UnavailableError
 
 # Kernel sets by name: each may refuse to run here.
 NAMED = ("triton", "cuda", "cpu")
+# Those that take minutes to compile.
+COMPILED = ("compiled", "flex")
 # Those that run on a CPU for tests alone, and what is said of an operator's.
 NOT_TIMED = {
     "triton": (
@@ -29,7 +33,9 @@ JUDGED = ("qkv", "bias_table", "pad_qkv")
 Function = Callable[[], Tensor]
 
 
-def _ours(kernels: str) -> Callable[[Problem, bool], Function]:
+def ours(kernels: str) -> Callable[[Problem, bool], Function]:
+    """The maker of `window_attention` under one word of `kernels=`."""
+
     def make(problem: Problem, trains_table: bool) -> Function:
         return lambda: window_attention(
             problem.qkv,
@@ -47,9 +53,12 @@ def _ours(kernels: str) -> Callable[[Problem, bool], Function]:
 # Each makes the function that is timed of a problem, and of whether its table is trained.
 MAKERS: dict[str, Callable[[Problem, bool], Function]] = {
     "eager": lambda problem, trains_table: eager(problem),
+    "compiled": lambda problem, trains_table: compiled(problem),
     "sdpa": lambda problem, trains_table: sdpa(problem, trains_table=trains_table),
-    "reference": _ours("reference"),
-    **{kernels: _ours(kernels) for kernels in NAMED},
+    "flex": lambda problem, trains_table: flex(problem, trains_table=trains_table),
+    "torchvision": lambda problem, trains_table: Torchvision(problem),
+    "reference": ours("reference"),
+    **{kernels: ours(kernels) for kernels in NAMED},
 }
 
 
@@ -78,12 +87,12 @@ def not_timed(operator: str, kernels: str, device: torch.device) -> str | None:
 
 
 def differentiate(
-    out: Tensor, problem: Problem, upstream: Tensor, *, keep: bool = False
+    out: Tensor, leaves: Sequence[Tensor], upstream: Tensor, *, keep: bool = False
 ) -> tuple[Tensor, ...]:
-    """Gradients of qkv, bias_table and pad_qkv; zeros where one is not used, as without padding."""
+    """Gradients of the leaves; zeros where one is not used, as the pads' without padding."""
     return torch.autograd.grad(
         out,
-        problem.tensors,
+        leaves,
         upstream,
         retain_graph=keep,
         allow_unused=True,
@@ -111,7 +120,7 @@ class Judge:
             out = MAKERS[provider](problem, with_gradients)()
         results = {"the output": out.detach()}
         if with_gradients:
-            grads = differentiate(out, problem, self.upstream.to(dtype))
+            grads = differentiate(out, problem.tensors, self.upstream.to(dtype))
             names = (f"the gradient of {name}" for name in JUDGED)
             results.update(zip(names, grads, strict=True))
         return results

@@ -1,8 +1,9 @@
-"""What attention must move and compute at least, from geometry, and the time that takes.
+"""What operators and models must move and compute at least, from geometry, and the time for it.
 
 A floor is the largest of three times: bytes over the rate of a copy, FLOPs over the rate of a
-matrix product, exponentials over their rate. It counts every pair of tokens of a window, those that
-the mask separates as well: the mask is finite, so they count where scores are large enough.
+matrix product, exponentials over their rate. That of attention counts every pair of tokens of a
+window, those that the mask separates as well, unless `skips` leaves them out: the mask is finite,
+so they count where scores are large enough.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from bench import machine
-from bench.harness import measure
-from videoswin_kernels.testing import Stage
+from bench.harness import Rows, measure
+from bench.sizes import CLIP, depths, stages
+from videoswin_kernels.geometry import WindowGeometry
+from videoswin_kernels.testing import Case, Stage, Triple
 
 PASSES = FORWARD, BACKWARD = ("forward", "backward")
 
@@ -42,22 +46,25 @@ class Ceilings(NamedTuple):
 H200 = Ceilings(4.3e12, 790e12, 16 * 132 * 1.98e9, "assumed for an H200")
 
 
-def attention(stage: Stage, batch: int, direction: str, itemsize: int = 2) -> Work:
+def attention(
+    stage: Stage, batch: int, direction: str, itemsize: int = 2, *, skips: bool = False
+) -> Work:
     """The least work of window attention between the qkv and the proj Linear.
 
     Args:
-        stage: grid, window, channels and heads.
+        stage: grid, window, shift, channels and heads.
         batch: clips.
         direction: one of `PASSES`.
         itemsize: bytes of an element of qkv.
+        skips: pairs of tokens that the mask separates are left out.
     """
-    case = stage.case
-    # A plane: one number for each token and channel, as q, k, v and the output are.
-    plane = batch * prod(case.grid) * stage.channels * itemsize
+    case, plane = stage.case, plane_of(stage, batch, itemsize)
     # The logarithm of each row's sum, float32, for which the backward need not see all scores.
     row_sums = 4 * batch * prod(case.grid) * stage.heads
     # Every token of a window meets every other one, once for each head, padding included.
-    scores = batch * case.windows * stage.heads * case.tokens**2
+    scores = (
+        batch * stage.heads * (unmasked_pairs(case) if skips else case.windows * case.tokens**2)
+    )
     product = 2 * scores * (stage.channels // stage.heads)
     if direction == FORWARD:
         # In: q, k, v. Out: the output and the row sums. Products: q k^T and p v.
@@ -66,6 +73,82 @@ def attention(stage: Stage, batch: int, direction: str, itemsize: int = 2) -> Wo
     # times its gradient. Out: the gradients of q, k and v. The tables are too small to count.
     # Products: q k^T again, and the gradients of v, p, q and k.
     return Work(8 * plane + 2 * row_sums, 5 * product, scores)
+
+
+def plane_of(stage: Stage, batch: int, itemsize: int) -> int:
+    """Bytes of one number for each token and channel, as q, k, v and the output are."""
+    return batch * prod(stage.case.grid) * stage.channels * itemsize
+
+
+def unmasked_pairs(case: Case) -> int:
+    """Pairs of tokens of a clip's windows that are of one region of the shift."""
+    geometry = WindowGeometry.build(*case)
+    regions = geometry.region.reshape(geometry.num_windows, -1)
+    return sum(int((np.unique(row, return_counts=True)[1] ** 2).sum()) for row in regions)
+
+
+def movement(operator: str, stage: Stage, batch: int, direction: str, itemsize: int = 2) -> Work:
+    """The least work of an operator beside attention: bytes, and nothing of the rest that counts.
+
+    What is read and what is written, once each. Weights, and what a norm keeps of a row, are too
+    small to count.
+    """
+    case, plane = stage.case, plane_of(stage, batch, itemsize)
+    if operator == "residual_norm":
+        # In: x and the branch; out: their sum and its norm. Backwards, in: the gradients of both
+        # and the sum; out: two gradients.
+        return Work((4 if direction == FORWARD else 5) * plane, 0, 0)
+    if operator == "patch_merging":
+        depth, height, width = case.grid
+        merged = batch * depth * -(-height // 2) * -(-width // 2) * 4 * stage.channels * itemsize
+        # Backwards x is read once more.
+        return Work(merged + (1 if direction == FORWARD else 2) * plane, 0, 0)
+    windows = batch * case.windows * case.tokens * stage.channels * itemsize
+    return Work(plane + (plane if operator == "cyclic_shift" else windows), 0, 0)
+
+
+# Planes that a block of a model moves beside its attention, where all that can be fused is: norms,
+# the qkv, proj and two mlp Linears, GELU, and the two sums of the residual stream. Under autocast
+# the stream is float32, which is as much as six planes more.
+BLOCK_PLANES = {"same": 22, "autocast": 28}
+
+
+def model(
+    name: str,
+    batch: int,
+    *,
+    clip: Sequence[int] = CLIP,
+    window: Triple | None = None,
+    training: bool = False,
+    itemsize: int = 2,
+    stream: str = "same",
+) -> list[Work]:
+    """The least work of a model's blocks, one after the other; patches, merging and head are none.
+
+    Of attention, and of the rest: the Linears' products, which overlap with the bytes. A backward
+    is twice the rest. Shifted blocks leave out what the mask separates.
+
+    Args:
+        name: of `model.variants`.
+        batch: clips.
+        clip: channels, frames, height and width.
+        window: in place of the model's own.
+        training: the backward, too.
+        itemsize: bytes of an element of what is moved.
+        stream: "same", or "autocast" where the residual stream is float32.
+    """
+    works = []
+    for stage, depth in zip(stages(name, clip, window), depths(name), strict=True):
+        plane = plane_of(stage, batch, itemsize)
+        # qkv 3, proj 1, mlp 8 times C x C for each token.
+        products = 24 * batch * prod(stage.case.grid) * stage.channels**2
+        for number in range(depth):
+            for direction in PASSES[: 1 + training]:
+                skips = number % 2 == 1
+                works.append(attention(stage, batch, direction, itemsize, skips=skips))
+                times = 1 + (direction == BACKWARD)
+                works.append(Work(times * BLOCK_PLANES[stream] * plane, times * products, 0))
+    return works
 
 
 def floor(works: Sequence[Work], ceilings: Ceilings) -> tuple[float, str]:
@@ -138,3 +221,21 @@ def _special_function_rate(device: torch.device) -> float:
     clocks = machine.clocks(device)
     clock = clocks["sm_max"] * 1e6 if clocks else 1.98e9
     return 16 * properties.multi_processor_count * clock
+
+
+def find_ceilings(rows: Rows, device: torch.device, dtype: str, seconds: float) -> Ceilings:
+    """This machine's ceilings, measured once for a file of rows."""
+    key = {"bench": "ceilings", "dtype": dtype}
+    row = rows.find(key)
+    if row is None:
+        measured = measure_ceilings(device, getattr(torch, dtype), seconds=seconds)
+        rows.append({**key, **measured._asdict()})
+        return measured
+    return Ceilings(*(row[name] for name in Ceilings._fields))
+
+
+def items(works: Sequence[Work], ceilings: Ceilings, ms: float) -> dict:
+    """The items of a row that took so many milliseconds for these works."""
+    floor_ms, bound = floor(works, ceilings)
+    found = {"floor_ms": floor_ms, "floor_bound": bound, "floor_percent": 100 * floor_ms / ms}
+    return {**found, "ceilings": ceilings.source}

@@ -11,9 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from itertools import accumulate
 from math import ceil
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -21,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.machine import clocks as clocks
 from bench.machine import header as header
 from bench.rows import Rows as Rows
-from bench.rows import cell
+from bench.timing import Timing as Timing
 from videoswin_kernels.selection import UnavailableError
 
 # Calls before the first that counts: on a GPU as many as 0.5 s take, so that clocks have risen.
@@ -34,21 +32,6 @@ CAP = {
     torch.float16: 1e-2,
     torch.bfloat16: 5e-2,
 }
-
-
-class Timing(NamedTuple):
-    """Median and 20th and 80th percentile in milliseconds, and how many repetitions they are of."""
-
-    median: float
-    low: float
-    high: float
-    count: int
-
-    @property
-    def items(self) -> dict:
-        """The items of a row."""
-        spread = f"{cell(self.low)}-{cell(self.high)}"
-        return dict(ms=self.median, low=self.low, high=self.high, count=self.count, spread=spread)
 
 
 def attempt(
@@ -82,14 +65,15 @@ def measure(
     device: torch.device | str,
     *,
     seconds: float = 2.0,
-    least: int = 5,
-    most: int = 1000,
+    least: int = 6,
+    most: int = 500,
     clock: Callable[[], float] | None = None,
 ) -> dict[str, Timing]:
     """How long each function takes, all of them under the same conditions.
 
-    They are called in turn, one repetition of each, in an order that moves on by one every time:
-    clocks and neighbours that drift or fall into step meet all of them. On a GPU the time is that
+    Each is entered twice (bench/timing.py says why), and all entries are called in turn, in an
+    order that moves on by one every time: clocks and neighbours that drift or fall into step meet
+    all of them. On a GPU the time is that
     between two device events, from caches without their data, and without the time that the host
     needs to launch (unless that is more than some milliseconds, or the function waits for the
     device). On a CPU it is what the clock says.
@@ -98,8 +82,8 @@ def measure(
         functions: name -> what is timed; what it returns is dropped.
         device: where they run.
         seconds: how long all of them repeat in all, beyond warming up.
-        least: repetitions of each there are at least, however long they take.
-        most: repetitions of each there are at most.
+        least: rounds there are at least, however long they take; from six on noise is told.
+        most: rounds there are at most.
         clock: seconds; a test's own in place of the monotonic one.
     """
     if not functions:
@@ -112,20 +96,15 @@ def measure(
         for function in functions.values():
             timer.warm(function)
         calls += 1
-    names = list(functions)
-    samples = {name: [] for name in names}
+    entries = [(name, entry) for entry in range(2) for name in functions]
+    samples = {entry: [] for entry in entries}
     began, count = clock(), 0
     while count < most and (count < least or clock() - began < seconds):
-        first = count % len(names)
-        for name in names[first:] + names[:first]:
-            samples[name].append(timer.time(functions[name]))
+        first = count % len(entries)
+        for entry in entries[first:] + entries[:first]:
+            samples[entry].append(timer.time(functions[entry[0]]))
         count += 1
-    return {name: _timing(values) for name, values in samples.items()}
-
-
-def _timing(samples: list[float]) -> Timing:
-    low, median, high = np.percentile(samples, (20, 50, 80)).tolist()
-    return Timing(median, low, high, len(samples))
+    return {name: Timing.of(samples[name, 0], samples[name, 1]) for name in functions}
 
 
 class _Clock:
@@ -215,6 +194,29 @@ def peak_memory(function: Callable[[], object], device: torch.device | str) -> i
     function()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def largest(function: Callable[[int], object]) -> int:
+    """The largest whole number that a function takes without torch.OutOfMemoryError; 0 for none."""
+
+    def fits(number: int) -> bool:
+        try:
+            function(number)
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return True
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def error(got: Tensor | None, exact: Tensor) -> float:

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from bench import allocators
+from bench import allocators, floors
 from bench.harness import Rows, Timing, attempt, clocks, measure, peak_memory
 from bench.model_providers import PRECISIONS, PRESETS, PROVIDERS
 from model.variants import VARIANTS
@@ -20,21 +20,23 @@ COLUMNS = {
     "model": "model",
     "mode": "mode",
     "precision": "precision",
+    "frames": "frames",
+    "size": "size",
     "batch": "clips",
     "provider": "provider",
     "ms": "median ms",
     "spread": "20-80 %",
+    "noise_percent": "+- %",
     "clips_per_s": "clips/s",
+    "floor_percent": "% of floor",
     "latency_ms": "latency ms",
     "peak_mb": "peak MB",
     "times_reference": "x reference",
 }
 
 
-def parse(
-    description: str, words: Sequence[str] | None, modes: Sequence[str]
-) -> argparse.Namespace:
-    """The options that the benches of whole models share; `modes` are a GPU's unless it is told."""
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """The options that the benches of whole models share."""
     parser = argparse.ArgumentParser(description=description)
     found = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=found)
@@ -48,13 +50,44 @@ def parse(
     parser.add_argument("--json", metavar="FILE", help="rows are added; continues")
     parser.add_argument("--minutes", type=float, help="begin nothing new after this time")
     allocators.add_option(parser)
+    return parser
+
+
+def parse(
+    parser: argparse.ArgumentParser, words: Sequence[str] | None, modes: Sequence[str]
+) -> argparse.Namespace:
+    """The options, with their defaults; `modes` are a GPU's unless it is told."""
     options = parser.parse_args(words)
     is_cuda = options.device == "cuda"
     options.preset = options.preset or ("full" if is_cuda else "small")
     options.precision = options.precision or ("bfloat16" if is_cuda else "float32")
     options.modes = options.modes or (modes if is_cuda else MODES[:1])
+    if options.batch is not None and options.batch < 1:
+        parser.error(f"--batch must be at least 1, got {options.batch}")
     allocators.settle(parser, options)
     return options
+
+
+def groups_of(
+    options: argparse.Namespace, shapes: Iterable[tuple[tuple[int, ...], int]]
+) -> list[dict]:
+    """What is measured together: one for each mode, model, and (clip, clips at a time)."""
+    shapes, preset = list(shapes), PRESETS[options.preset]
+    return [
+        {
+            "preset": options.preset,
+            "model": model,
+            "mode": mode,
+            "precision": options.precision,
+            "batch": batch,
+            "clip": clip,
+            "frames": clip[1],
+            "size": clip[2],
+        }
+        for mode in options.modes
+        for model in options.models or preset.models
+        for clip, batch in shapes
+    ]
 
 
 def compare(key: dict, make: Callable, providers: Iterable[str], device: torch.device) -> list:
@@ -67,7 +100,7 @@ def compare(key: dict, make: Callable, providers: Iterable[str], device: torch.d
             raise fault
         if function:
             functions[provider] = function
-    timings = measure(functions, device, seconds=4.0 if device.type == "cuda" else 0.5, least=3)
+    timings = measure(functions, device, seconds=4.0 if device.type == "cuda" else 0.5)
     after, rows = clocks(device), []
     is_waited_for = key["batch"] == 1
     latencies = latency(functions, device) if is_waited_for and device.type == "cuda" else timings
@@ -97,7 +130,7 @@ def latency(functions: Mapping[str, Callable], device: torch.device) -> dict[str
 
     # By the clock of the host, as on a CPU.
     together = {name: waited(function) for name, function in functions.items()}
-    return measure(together, "cpu", seconds=2.0, least=3)
+    return measure(together, "cpu", seconds=2.0)
 
 
 def conduct(
@@ -107,15 +140,41 @@ def conduct(
     options: argparse.Namespace,
     groups: Sequence[dict],
     measured: Callable[[dict, argparse.Namespace], list[dict]],
+    columns: Mapping[str, str] = COLUMNS,
 ) -> int:
     """Measures the groups, in each state of the allocator, and prints the table; exit status."""
 
     def fill(rows: Rows) -> int:
-        return run(bench, groups, lambda group: measured(group, options), rows, options)
+        device = torch.device(options.device)
+        ceilings = floors.find_ceilings(rows, device, options.precision, 0.6)
+
+        def with_floors(group: dict) -> list[dict]:
+            found = measured(group, options)
+            for row in found:
+                if "ms" in row:
+                    works = work_of(group, training=bench == "step")
+                    row |= floors.items(works, ceilings, row["ms"])
+            return found
+
+        return run(bench, groups, with_floors, rows, options)
 
     rows, status = allocators.conduct(script, words, options, fill)
-    print(rows.table(allocators.with_state(COLUMNS, options), {"bench": bench}))
+    print(rows.table(allocators.with_state(columns, options), {"bench": bench}))
     return status
+
+
+def work_of(group: dict, training: bool) -> list[floors.Work]:
+    """The least work of a group's blocks."""
+    is_mixed = group["precision"] != "float32"
+    works = floors.model(
+        group["model"],
+        group["batch"],
+        clip=group["clip"],
+        training=training,
+        itemsize=2 if is_mixed else 4,
+        stream="autocast" if is_mixed else "same",
+    )
+    return works * group.get("accumulate", 1)
 
 
 def run(

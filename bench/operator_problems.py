@@ -1,9 +1,8 @@
-"""Calls that the bench of operators measures, the bytes they move, and whether they are right."""
+"""Calls that the bench of operators measures, and whether their results are right."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,18 +71,6 @@ def random_problem(
     width = channels * (4 if operator == "patch_merging" else 1)
     affine = {name: normal(width, kind=torch.float32) for name in ("weight", "bias")}
     return Problem(operator, {**inputs, **affine}, {})
-
-
-def traffic(problem: Problem, outputs: Sequence[Tensor], direction: str) -> int:
-    """Bytes that must be moved at least; what is kept of a row is too small to count.
-
-    Forward: every input and output. Backward: a gradient of each, and once more what was
-    normalised, which is as large as x.
-    """
-    ends = sum(tensor.nbytes for tensor in (*problem.inputs.values(), *outputs))
-    if direction == "forward":
-        return ends
-    return 2 * ends + (0 if problem.operator in MOVEMENT else problem.inputs["x"].nbytes)
 
 
 def wrong(problem: Problem, provider: str, with_gradients: bool) -> dict:

@@ -2,7 +2,8 @@
 
 `python bench/train_step.py [--device cpu] [--json FILE]`. Fresh weights, the same for all, nothing
 dropped; bfloat16 autocast and fused AdamW on a GPU, float32 on a CPU unless `--precision` says
-more. A provider's gradients of one clip are compared with float64 before it is timed.
+more. A provider's gradients of one clip are compared with float64 before it is timed. With
+`--accumulate N` a step has N batches, whose gradients are summed.
 """
 
 from __future__ import annotations
@@ -18,25 +19,8 @@ if not __package__:
 import torch
 from torch.nn import functional as F
 
-from bench.model_options import MODES, compare, conduct, parse
+from bench.model_options import MODES, compare, conduct, groups_of, parse, parser_of
 from bench.model_providers import PRESETS, Judge, build, mixed, random_clips
-
-
-def groups(options: argparse.Namespace) -> list[dict]:
-    """What is measured together."""
-    preset = PRESETS[options.preset]
-    batch = options.batch or preset.batch
-    return [
-        {
-            "model": model,
-            "mode": mode,
-            "precision": options.precision,
-            "batch": batch,
-            "clip": preset.clip,
-        }
-        for mode in options.modes
-        for model in options.models or preset.models
-    ]
 
 
 def measured(group: dict, options: argparse.Namespace) -> list[dict]:
@@ -62,21 +46,34 @@ def measured(group: dict, options: argparse.Namespace) -> list[dict]:
                 return None, items
 
         def step() -> torch.Tensor:
-            with mixed(device, precision):
-                loss = F.cross_entropy(called(clips), labels)
-            loss.backward()
+            for _ in range(group["accumulate"]):
+                with mixed(device, precision):
+                    loss = F.cross_entropy(called(clips), labels) / group["accumulate"]
+                loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             return loss.detach()
 
         return step, items
 
-    return compare({"batch": group["batch"]}, make, options.providers, device)
+    rows = compare({"batch": group["batch"]}, make, options.providers, device)
+    for row in rows:
+        if "ms" in row:
+            row["clips_per_s"] *= group["accumulate"]
+    return rows
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    options = parse(__doc__.partition("\n")[0], words, MODES[:1])
-    return conduct("step", __file__, words, options, groups(options), measured)
+    parser = parser_of(__doc__.partition("\n")[0])
+    help = "batches whose gradients make a step; default: %(default)s"
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help=help)
+    options = parse(parser, words, MODES[:1])
+    if options.accumulate < 1:
+        parser.error(f"--accumulate must be at least 1, got {options.accumulate}")
+    preset = PRESETS[options.preset]
+    groups = groups_of(options, [(preset.clip, options.batch or preset.batch)])
+    groups = [{**group, "accumulate": options.accumulate} for group in groups]
+    return conduct("step", __file__, words, options, groups, measured)
 
 
 if __name__ == "__main__":

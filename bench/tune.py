@@ -31,7 +31,6 @@ from bench import attention, floors
 from bench.attention_options import DIRECTIONS, PRESETS, Setting, parse, settings
 from bench.attention_providers import MAKERS, Judge
 from bench.harness import Rows, clocks, header, measure
-from bench.rows import cell
 
 COLUMNS = {
     "place": "place",
@@ -143,7 +142,7 @@ def compare(
     setting, direction = setting_of(first, options), first["direction"]
     problem = setting.problem(device)
     judge = Judge(problem.first_clips())
-    ceilings = attention.find_ceilings(rows, device, setting.dtype, 0.6)
+    ceilings = floors.find_ceilings(rows, device, setting.dtype, 0.6)
     as_it_is = {"name": AS_IT_IS, "set": {}, "predicted": None}
     found, functions = {}, {}
     for variant in (as_it_is, *variants):
@@ -168,15 +167,13 @@ def compare(
     itemsize = problem.qkv.element_size()
     parts = direction.split("+")
     works = [floors.attention(setting.stage, setting.batch, part, itemsize) for part in parts]
-    floor_ms, _ = floors.floor(works, ceilings)
     own = timings.get(AS_IT_IS)
     for name, (variant, items) in found.items():
         row = {"variant": name, "predicted": variant["predicted"], "set": variant["set"], **items}
         if name in timings:
-            ms, low, high, count = timings[name]
-            row |= {"ms": ms, "low": low, "high": high, "count": count, "clocks_after": after}
-            row |= {"spread": f"{cell(low)}-{cell(high)}", "floor_percent": 100 * floor_ms / ms}
-            row |= {"times_as_is": own.median / ms if own else None}
+            ms = timings[name].median
+            row |= {**timings[name].items, **floors.items(works, ceilings, ms)}
+            row |= {"clocks_after": after, "times_as_is": own.median / ms if own else None}
         yield row
 
 

@@ -3,7 +3,8 @@
 `python bench/whole_model.py [--device cpu] [--json FILE]`. Fresh weights, the same for all;
 bfloat16 autocast on a GPU, float32 on a CPU unless `--precision` says more. A provider is compared
 with float64 on one clip before it is timed. A time is that of the device; the latency of one clip
-is what a user waits, launches included.
+is what a user waits, launches included. `--sweep frames`, `size` or `batch` shows how cost grows;
+`--largest` finds how many clips fit the memory of a GPU.
 """
 
 from __future__ import annotations
@@ -18,26 +19,29 @@ if not __package__:
 
 import torch
 
-from bench.model_options import MODES, compare, conduct, parse
+from bench.harness import attempt, largest
+from bench.model_options import COLUMNS, MODES, compare, conduct, groups_of, parse, parser_of
 from bench.model_providers import PRESETS, Judge, build, mixed, random_clips
 
+# The columns of --largest.
+MOST = {
+    name: COLUMNS[name] for name in ("model", "mode", "precision", "frames", "size", "provider")
+}
+MOST |= {"most_clips": "most clips"}
 
-def groups(options: argparse.Namespace) -> list[dict]:
-    """What is measured together: quick ones first, since a model takes minutes to compile."""
+
+def shapes(options: argparse.Namespace) -> list[tuple[tuple[int, ...], int]]:
+    """(clip, clips at a time) of the sweep or, without one, of the preset and of one clip."""
     preset = PRESETS[options.preset]
-    batches = dict.fromkeys((options.batch or preset.batch, 1))
-    return [
-        {
-            "model": model,
-            "mode": mode,
-            "precision": options.precision,
-            "batch": batch,
-            "clip": preset.clip,
-        }
-        for mode in options.modes
-        for model in options.models or preset.models
-        for batch in batches
-    ]
+    batch = options.batch or preset.batch
+    channels, frames, height, width = preset.clip
+    if options.sweep == "frames":
+        return [((channels, n, height, width), batch) for n in (frames // 2, frames, 2 * frames)]
+    if options.sweep == "size":
+        sizes = (height // 2, height, 3 * height // 2)
+        return [((channels, frames, size, size), batch) for size in sizes]
+    batches = {1, 2, 4, batch, 2 * batch, 4 * batch} if options.sweep == "batch" else {batch, 1}
+    return [(preset.clip, each) for each in sorted(batches, reverse=not options.sweep)]
 
 
 def measured(group: dict, options: argparse.Namespace) -> list[dict]:
@@ -72,9 +76,49 @@ def measured(group: dict, options: argparse.Namespace) -> list[dict]:
     return compare({"batch": group["batch"]}, make, options.providers, device)
 
 
+def most_clips(group: dict, options: argparse.Namespace) -> list[dict]:
+    """How many clips each provider takes at once, without the time that they take."""
+    device = torch.device(options.device)
+    if device.type != "cuda":
+        reason = "a CPU has no memory of its own that clips could fill"
+        return [{"provider": each, "reason": reason} for each in options.providers]
+    rows = []
+    for provider in options.providers:
+
+        def make(provider: str = provider) -> tuple[None, dict]:
+            model = build(group["model"], provider, device).eval()
+
+            def forward(batch: int) -> None:
+                with torch.inference_mode(), mixed(device, group["precision"]):
+                    model(random_clips(batch, group["clip"], device)[0])
+
+            return None, {"most_clips": largest(forward)}
+
+        _, items = attempt(make, device)
+        if isinstance(fault := items.pop("fault", None), torch.AcceleratorError):
+            raise fault
+        rows.append({"provider": provider, **items})
+        torch.cuda.empty_cache()
+    return rows
+
+
+def parse_words(words: Sequence[str] | None) -> argparse.Namespace:
+    """The options of this bench."""
+    parser = parser_of(__doc__.partition("\n")[0])
+    parser.add_argument("--sweep", choices=("frames", "size", "batch"), help="what grows")
+    parser.add_argument("--largest", action="store_true", help="how many clips fit, instead")
+    return parse(parser, words, MODES)
+
+
 def main(words: Sequence[str] | None = None) -> int:
-    options = parse(__doc__.partition("\n")[0], words, MODES)
-    return conduct("model", __file__, words, options, groups(options), measured)
+    options = parse_words(words)
+    groups = groups_of(options, shapes(options))
+    if options.largest:
+        # One search for each model and clip: a batch is what is found.
+        found = [{name: item for name, item in each.items() if name != "batch"} for each in groups]
+        groups = [group for place, group in enumerate(found) if group not in found[:place]]
+        return conduct("most clips", __file__, words, options, groups, most_clips, MOST)
+    return conduct("model", __file__, words, options, groups, measured)
 
 
 if __name__ == "__main__":

@@ -2,70 +2,20 @@
 
 import contextlib
 import json
-import os
-import re
 import subprocess
-import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from operator_suite import random
 
-from bench import allocators, attention, attention_providers, floors, harness, machine
-from bench.attention_peers import Problem, eager, sdpa
-from bench.harness import Rows, Timing, error, gate, measure
-from videoswin_kernels import extension, window_attention
-from videoswin_kernels.testing import ATTENTION, PRODUCTION, Case, Stage
+from bench import harness, machine
+from bench.harness import Rows, error, gate, largest, measure
+from bench.timing import interval_of_median
 
 ROOT = Path(__file__).parents[1]
 HEADER = {"card": "a card", "commit": "a commit", "allocator": "default", "clocks": {"sm": 1980}}
-# Pooling would outlive the test in this process.
-TINY = (
-    *("--device", "cpu", "--allocator", "default"),
-    *("--preset", "tiny", "--window", "2,3,3", "--stage", "1"),
-)
-
-# swin_t, 8 clips of 32x224x224 in bfloat16: MB, GFLOP and Gexp of forward and backward, then their
-# floors in microseconds on an H200, as a calculation of its own found them.
-KNOWN = {
-    1: ((313.1, 60.4, 0.472, 112.9), (626.2, 151.1, 0.472, 191.2)),
-    2: ((156.5, 30.2, 0.236, 56.4), (313.1, 75.5, 0.236, 95.6)),
-    3: ((78.3, 15.1, 0.118, 28.2), (156.5, 37.8, 0.118, 47.8)),
-    4: ((39.1, 7.6, 0.059, 14.1), (78.3, 18.9, 0.059, 23.9)),
-}
-# The same with the window (16, 7, 7).
-KNOWN_LONG = {
-    1: ((313.1, 120.8, 0.944, 225.8), (626.2, 302.1, 0.944, 382.4)),
-    2: ((156.5, 60.4, 0.472, 112.9), (313.1, 151.1, 0.472, 191.2)),
-    3: ((78.3, 30.2, 0.236, 56.4), (156.5, 75.5, 0.236, 95.6)),
-    4: ((39.1, 15.1, 0.118, 28.2), (78.3, 37.8, 0.118, 47.8)),
-}
-
-
-@pytest.mark.parametrize("window", [(8, 7, 7), (16, 7, 7)])
-@pytest.mark.parametrize("number", KNOWN)
-def test_work_and_floors_are_those_of_the_roofline(number, window):
-    stage = PRODUCTION[f"swin_t stage {number}"]
-    stage = stage._replace(case=stage.case._replace(window=window))
-    known = (KNOWN if window[0] == 8 else KNOWN_LONG)[number]
-    for direction, (megabytes, gflop, gexps, floor_us) in zip(floors.PASSES, known, strict=True):
-        work = floors.attention(stage, 8, direction)
-        assert work.bytes / 1e6 == pytest.approx(megabytes, abs=0.05)
-        assert work.flops / 1e9 == pytest.approx(gflop, abs=0.05)
-        assert work.exps / 1e9 == pytest.approx(gexps, abs=0.0005)
-        floor_ms, bound = floors.floor([work], floors.H200)
-        assert floor_ms * 1e3 == pytest.approx(floor_us, abs=0.05)
-        assert bound == {"forward": "exps", "backward": "flops"}[direction]
-
-
-def test_padding_is_computed_but_not_moved_and_passes_add():
-    exact, padded = (Stage(Case((8, 7, w), (8, 7, 7), (0, 0, 0)), 32, 1) for w in (14, 13))
-    works = [floors.attention(stage, 1, "forward") for stage in (exact, padded)]
-    assert works[0][1:] == works[1][1:]
-    assert works[0].bytes * 13 == works[1].bytes * 14
-    one, both = (floors.floor(works[:count], floors.H200)[0] for count in (1, 2))
-    assert both == pytest.approx(2 * one)
 
 
 class FakeClock:
@@ -88,20 +38,66 @@ class FakeClock:
         return function
 
 
-def test_measure_takes_functions_in_turn_and_moves_their_order_on():
+def test_measure_takes_functions_twice_in_turn_and_moves_their_order_on():
     clock = FakeClock()
     functions = {name: clock.taking(name, 1.0) for name in "abc"}
     measure(functions, "cpu", seconds=0, least=4, clock=clock)
     # The first three calls are warming up.
-    assert "".join(clock.calls) == "abc" + "abc" + "bca" + "cab" + "abc"
+    assert "".join(clock.calls) == "abc" + "abcabc" + "bcabca" + "cabcab" + "abcabc"
 
 
 def test_measure_reads_a_known_effect_and_leaves_the_first_call_out():
     clock = FakeClock()
-    functions = {"a": clock.taking("a", 500, 10, 11, 12, 13, 14), "b": clock.taking("b", 12.36)}
-    timings = measure(functions, "cpu", seconds=0, least=5, clock=clock)
-    assert timings["a"] == pytest.approx(Timing(12, 10.8, 13.2, 5))
+    taken = [10, 11, 12, 13, 14, 10, 11, 12, 13, 14, 12, 12]
+    functions = {"a": clock.taking("a", 500, *taken), "b": clock.taking("b", 12.36)}
+    timings = measure(functions, "cpu", seconds=0, least=6, clock=clock)
+    assert timings["a"][:4] == pytest.approx((12, 11, 13, 12))
     assert timings["b"].median / timings["a"].median == pytest.approx(1.03)
+    # Six pairs of times, in the rounds' order, whose smallest and largest ratio are the interval.
+    assert timings["b"].ratio == (1, 1)
+    assert timings["b"].noise_percent == 0
+    assert timings["a"].ratio[0] < 1 < timings["a"].ratio[1]
+
+
+def noisy(generator, milliseconds, calls):
+    """Times as a busy machine gives them: mostly near, sometimes far above."""
+    noise = generator.lognormal(0, 0.02, calls) + 0.5 * (generator.random(calls) < 0.05)
+    return (milliseconds * noise).tolist()
+
+
+def test_three_percent_are_read_as_three_percent_through_noise():
+    """And what is claimed of the noise is smaller than they are."""
+    generator, clock = np.random.default_rng(0), FakeClock()
+    functions = {
+        name: clock.taking(name, *noisy(generator, milliseconds, 800))
+        for name, milliseconds in (("a", 1.0), ("b", 1.03))
+    }
+    timings = measure(functions, "cpu", seconds=0, least=300, clock=clock)
+    effect = timings["b"].median / timings["a"].median
+    assert effect == pytest.approx(1.03, abs=0.004)
+    assert max(timing.noise_percent for timing in timings.values()) < 1.5
+
+
+def test_the_interval_of_a_provider_beside_itself_contains_one():
+    """In 95 % of runs at least: here of four providers in five runs, a hundred times."""
+    generator, contained, runs = np.random.default_rng(1), 0, 0
+    for _ in range(500):
+        clock = FakeClock()
+        times = {name: noisy(generator, ms, 41) for ms, name in enumerate("abcd", 1)}
+        functions = {name: clock.taking(name, *own) for name, own in times.items()}
+        timings = measure(functions, "cpu", seconds=0, least=20, clock=clock)
+        contained += sum(low <= 1 <= high for low, high in (t.ratio for t in timings.values()))
+        runs += len(timings)
+    assert contained / runs >= 0.95
+
+
+@pytest.mark.parametrize(("count", "rank"), [(5, 0), (6, 1), (8, 1), (9, 2), (20, 6), (100, 40)])
+def test_the_interval_of_a_median_is_that_of_the_tables(count, rank):
+    """Ranks as printed in tables of the sign test at 5 %."""
+    values = list(range(1, count + 1))
+    np.random.default_rng(0).shuffle(values)
+    expected = (rank, count + 1 - rank) if rank else None
+    assert interval_of_median(values) == expected
 
 
 def test_measure_stops_by_its_seconds_its_least_and_its_most():
@@ -110,9 +106,10 @@ def test_measure_stops_by_its_seconds_its_least_and_its_most():
         functions = {name: clock.taking(name, 10) for name in "ab"}
         return {t.count for t in measure(functions, "cpu", clock=clock, **bounds).values()}
 
-    assert count(seconds=0.09, least=1) == {5}
-    assert count(seconds=0.09, least=7) == {7}
-    assert count(seconds=9.0, most=3, least=1) == {3}
+    # A round is four calls of 10 ms, two of each.
+    assert count(seconds=0.19, least=1) == {2 * 5}
+    assert count(seconds=0.19, least=7) == {2 * 7}
+    assert count(seconds=9.0, most=3, least=1) == {2 * 3}
     assert measure({}, "cpu") == {}
 
 
@@ -282,184 +279,16 @@ def test_sources_differ_where_a_source_does_and_the_commit_is_dirty(monkeypatch,
     assert machine.sources() != sources
 
 
-@pytest.mark.parametrize("case", ATTENTION.values(), ids=ATTENTION)
-def test_peers_compute_window_attention(case):
-    problem = Problem.random(Stage(case, 8, 2), 2, torch.float32, torch.device("cpu"))
-    problem = problem.leaves(torch.float64)
-    options = {"window": case.window, "shift": case.shift, "num_heads": 2}
-    out = window_attention(
-        problem.qkv, problem.bias_table, pad_qkv=problem.pad_qkv, kernels="reference", **options
-    )
-    upstream = random(*out.shape)
-    exact = (out, *attention_providers.differentiate(out, problem, upstream))
-    for peer in (eager(problem), sdpa(problem, trains_table=True)):
-        out = peer()
-        assert out.is_contiguous()
-        got = (out, *attention_providers.differentiate(out, problem, upstream))
-        assert max(map(error, got, exact)) < 1e-12
-    assert error(sdpa(problem, trains_table=False)(), exact[0]) < 1e-12
+@pytest.mark.parametrize("most", [0, 1, 2, 3, 7, 8, 100])
+def test_the_largest_batch_is_found(most):
+    tried = []
 
+    def fill(number):
+        tried.append(number)
+        if number > most:
+            raise torch.OutOfMemoryError("no room")
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Takes ceilings and machine as known: to measure takes a second, and sources may change."""
-    monkeypatch.setattr(floors, "measure_ceilings", lambda *_, **__: floors.H200)
-    monkeypatch.setattr(allocators, "header", lambda device: HEADER)
-    # Two threads that wait for each other take seconds where other programs run.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def scaled_output(problem, trains_table):
-    """Right but for one percent."""
-    function = eager(problem)
-    return lambda: function() * 1.01
-
-
-def lost_bias(problem, trains_table):
-    """Right, but for a bias table that gets half its gradient."""
-    table = problem.bias_table
-    return eager(problem._replace(bias_table=table / 2 + table.detach() / 2))
-
-
-def unwritten(problem, trains_table):
-    """Right but for one number."""
-
-    def function():
-        out = eager(problem)()
-        return torch.cat([out.flatten()[:-1], out.new_full((1,), float("nan"))]).view(out.shape)
-
-    return function
-
-
-def raising(problem, trains_table):
-    """Breaks when it is called."""
-    return lambda: (_ for _ in ()).throw(RuntimeError("it broke\nin a long story"))
-
-
-@pytest.mark.parametrize(
-    ("broken", "direction", "said"),
-    [
-        (scaled_output, "forward", "wrong: the output is off by 1.0e-02"),
-        (scaled_output, "backward", "wrong: the output is off by 1.0e-02"),
-        (lost_bias, "backward", "wrong: the gradient of bias_table is off by 5.0e-01"),
-        (lost_bias, "forward+backward", "wrong: the gradient of bias_table is off by 5.0e-01"),
-        (unwritten, "forward", "wrong: the output is off by inf"),
-        (raising, "forward", "failed: RuntimeError: it broke"),
-    ],
-)
-def test_a_wrong_provider_has_no_time(
-    quick, monkeypatch, tmp_path, capsys, broken, direction, said
-):
-    monkeypatch.setitem(attention_providers.MAKERS, "sdpa", broken)
-    path = tmp_path / "rows.jsonl"
-    options = ("--direction", direction, "--shifted", "yes", "--json", str(path))
-    assert attention.main((*TINY, *options, "--providers", "eager,sdpa")) == 1
-    rows = {row.get("provider"): row for row in map(json.loads, path.read_text().splitlines())}
-    assert "ms" in rows["eager"]
-    assert not {"ms", "spread", "tflops", "times_eager"} & set(rows["sdpa"])
-    table = capsys.readouterr().out
-    assert said in table
-    assert "long story" not in table
-    # Neither does it pass for measured when the run continues.
-    assert attention.main((*TINY, *options, "--providers", "eager,sdpa")) == 1
-
-
-def test_a_broken_device_ends_the_run_and_leaves_a_row(quick, monkeypatch, tmp_path):
-    def broken(problem, trains_table):
-        return lambda: (_ for _ in ()).throw(torch.AcceleratorError("illegal memory access"))
-
-    monkeypatch.setitem(attention_providers.MAKERS, "sdpa", broken)
-    path = tmp_path / "rows.jsonl"
-    with pytest.raises(torch.AcceleratorError, match="illegal"):
-        attention.main((*TINY, "--json", str(path), "--providers", "eager,sdpa,reference"))
-    last = json.loads(path.read_text().splitlines()[-1])
-    assert last["failed"] == "AcceleratorError: illegal memory access"
-
-
-def test_a_forward_alone_is_not_judged_by_its_gradients(quick, monkeypatch, capsys):
-    monkeypatch.setitem(attention_providers.MAKERS, "sdpa", lost_bias)
-    options = ("--direction", "forward", "--shifted", "no", "--providers", "sdpa")
-    assert attention.main((*TINY, *options)) == 0
-    assert "wrong" not in capsys.readouterr().out
-
-
-def test_an_interrupted_bench_continues_where_it_stopped(quick, tmp_path, capsys):
-    path = tmp_path / "rows.jsonl"
-    command = (*TINY, "--providers", "eager,reference", "--json", str(path))
-    assert attention.main((*command, "--minutes", "0")) == 0
-    assert "6 settings are left after 0.0 minutes" in capsys.readouterr().err
-    assert len(path.read_text().splitlines()) == 1  # The ceilings.
-    assert attention.main((*command, "--direction", "backward")) == 0
-    begun = path.read_text()
-    assert len(begun.splitlines()) == 5
-    assert attention.main(command) == 0
-    whole = path.read_text()
-    assert whole.startswith(begun)
-    assert len(whole.splitlines()) == 13
-    assert attention.main(command) == 0
-    assert path.read_text() == whole
-
-
-def test_interpreted_kernels_are_not_timed():
-    """Whether this process interprets or not: each way the refusal names the switch."""
-    problem = Problem.random(Stage(ATTENTION["exact"], 32, 2), 1, torch.float32, "cpu")
-    assert "TRITON_INTERPRET" in attention_providers.refusal("triton", problem, False)
-    assert attention_providers.refusal("cuda", problem, needs_grad=True)
-    reason = attention_providers.refusal("cpu", problem, needs_grad=True)
-    assert (reason is None) == (extension.why_not("_ops_cpu") is None)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("--providers", "eager,other"), "--providers: other is none of eager, sdpa"),
-        (("--window", "8,7"), "--window: window must be three integers"),
-        (("--window", "8,7,x"), "x"),
-        (("--batch", "0"), "--batch must be at least 1, got 0"),
-        (("--stage", "5"), "5"),
-    ],
-)
-def test_wrong_options_are_refused(capsys, options, said):
-    with pytest.raises(SystemExit) as caught:
-        attention.parse(options)
-    assert caught.value.code == 2
-    assert said in capsys.readouterr().err
-
-
-def test_the_script_has_a_line_for_every_provider_in_both_states(tmp_path):
-    if machine.host_allocator() != "default":
-        pytest.skip(f"the allocator is {machine.host_allocator()} here")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    path = tmp_path / "rows.jsonl"
-    words = ("--allocator", "both", "--shifted", "yes", "--direction", "forward+backward")
-    done = subprocess.run(
-        [sys.executable, ROOT / "bench" / "attention.py", *TINY, *words, "--json", path],
-        cwd=tmp_path,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    count = 1 + len(attention_providers.MAKERS)
-    assert [row["allocator"] for row in rows] == ["default"] * count + ["pooled"] * count
-    assert rows[0]["bench"] == rows[count]["bench"] == "ceilings"
-    lines = done.stdout.splitlines()
-    header = next(number for number, line in enumerate(lines) if line.startswith("allocator"))
-    assert [line.split()[0] for line in lines[header + 1 :]] == ["default"] * (count - 1) + [
-        "pooled"
-    ] * (count - 1)
-    refused = ["triton", "cuda", *(["cpu"] if extension.why_not("_ops_cpu") else [])]
-    for row in rows[1:count] + rows[count + 1 :]:
-        is_timed = row["provider"] not in refused
-        assert ("ms" in row) == ("floor_percent" in row) == ("peak_mb" in row) == is_timed, row
-        assert ("reason" in row) != is_timed, row
-        assert row["preset"] == "tiny"
-    for provider in refused:
-        first = next(line for line in lines[header:] if f"  {provider}  " in line)
-        # Where the emulator is built it runs, and is not timed.
-        why = "(cannot run: |is emulated here, )"
-        assert re.search(f"window_attention: kernels='{provider}' {why}", first), first
+    assert largest(fill) == most
+    assert len(tried) <= 2 + 2 * most.bit_length()
+    with pytest.raises(ValueError, match="no memory of its own"):
+        largest(lambda number: (_ for _ in ()).throw(ValueError("no memory of its own")))

@@ -1,13 +1,17 @@
 """bench/operators.py: its calls, bytes and gate, and the rows that it leaves."""
 
+import importlib
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import videoswin_kernels
 from bench import allocators, floors, operators
-from bench.operator_problems import random_problem, traffic, wrong
+from bench.operator_problems import random_problem, wrong
 from bench.operators import MEASURED
 from videoswin_kernels import extension
 from videoswin_kernels.selection import MOVEMENT
@@ -61,6 +65,10 @@ def test_each_operator_has_rows_at_each_stage_that_it_is_of(tmp_path, capsys):
             assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["ms"] / 1e6)
             assert row["peak_mb"] >= 0
             assert row["error"] < 1e-5
+            assert row["floor_percent"] == pytest.approx(100 * row["floor_ms"] / row["ms"])
+            assert row["floor_bound"] == "bytes"
+            # From one round nothing is known of noise.
+            assert row["noise_percent"] is None
     assert capsys.readouterr().out.startswith("allocator  operator")
     # Called again, it measures nothing.
     assert operators.main(words) == 0
@@ -121,24 +129,35 @@ def test_a_wrong_provider_has_no_time(monkeypatch, tmp_path):
     assert [("ms" in row, row["wrong"]) for row in rows_of(path)] == [(False, "it is off")] * 2
 
 
-def test_bytes_are_those_of_inputs_outputs_and_what_is_read_again():
-    def moved(operator, dtype=torch.float32):
-        problem = problem_of(operator, dtype)
-        outputs = problem.outputs("reference")
-        return [traffic(problem, outputs, each) for each in operators.DIRECTIONS]
+@pytest.mark.parametrize("operator", MEASURED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_those_of_inputs_outputs_and_what_is_read_again(operator, dtype):
+    problem = problem_of(operator, dtype)
+    tensors = [
+        problem.inputs[name] for name in ("x", "windows", "branch") if name in problem.inputs
+    ]
+    ends = sum(tensor.nbytes for tensor in (*tensors, *problem.outputs("reference")))
+    again = 0 if operator in MOVEMENT else tensors[0].nbytes
+    moved = [
+        floors.movement(operator, STAGE, 2, direction, dtype.itemsize)
+        for direction in floors.PASSES
+    ]
+    assert [work.bytes for work in moved] == [ends, ends + again]
+    assert all(work[1:] == (0, 0) for work in moved)
 
-    # Two clips of 3 x 5 x 5 tokens, 8 channels of 4 bytes; padded to 4 x 6 x 6 in windows.
-    plane, windows = 2 * 75 * 32, 2 * 144 * 32
-    assert moved("cyclic_shift") == [2 * plane, 4 * plane]
-    assert moved("cyclic_shift", torch.bfloat16) == [plane, 2 * plane]
-    assert moved("window_partition") == [plane + windows, 2 * (plane + windows)]
-    assert moved("window_reverse") == [plane + windows, 2 * (plane + windows)]
-    # Weight and bias; the merged grid is 3 x 3 x 3 of 32 channels.
-    merged, affine = 2 * 27 * 128, 2 * 128
-    both = plane + merged + affine
-    assert moved("patch_merging") == [both, 2 * both + plane]
-    both = 4 * plane + 2 * 32
-    assert moved("residual_norm") == [both, 2 * both + plane]
+
+def test_bytes_on_paper():
+    def moved(operator, itemsize=4):
+        return [floors.movement(operator, STAGE, 2, d, itemsize).bytes for d in floors.PASSES]
+
+    # Two clips of 3 x 5 x 5 tokens, 8 channels of 4 bytes; padded to 4 x 6 x 6 in windows; merged
+    # to 3 x 3 x 3 of 32 channels.
+    plane, windows, merged = 2 * 75 * 32, 2 * 144 * 32, 2 * 27 * 128
+    assert moved("cyclic_shift") == [2 * plane, 2 * plane]
+    assert moved("cyclic_shift", itemsize=2) == [plane, plane]
+    assert moved("window_partition") == moved("window_reverse") == [plane + windows] * 2
+    assert moved("patch_merging") == [plane + merged, 2 * plane + merged]
+    assert moved("residual_norm") == [4 * plane, 5 * plane]
 
 
 @pytest.mark.parametrize(
@@ -154,3 +173,24 @@ def test_wrong_options_are_refused(capsys, words, said):
         operators.main((*TINY, *words))
     assert caught.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "script", ["cyclic_shift", "window_partition", "patch_merging", "residual_norm"]
+)
+def test_a_script_of_its_own_measures_its_operators_alone(script):
+    module = importlib.import_module(f"bench.{script}")
+    assert set(module.OPERATORS) <= set(MEASURED)
+    assert script in module.OPERATORS
+    path = Path(module.__file__)
+    done = subprocess.run(
+        [sys.executable, path, *TINY, "--stage", "5"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert f"usage: bench/{script}.py" in done.stderr
+
+
+def test_the_scripts_have_all_operators_between_them():
+    scripts = ("cyclic_shift", "window_partition", "patch_merging", "residual_norm")
+    found = [name for s in scripts for name in importlib.import_module(f"bench.{s}").OPERATORS]
+    assert sorted(found) == sorted(MEASURED)

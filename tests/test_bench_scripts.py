@@ -1,6 +1,5 @@
-"""The smaller benches on a CPU: whole models, steps, ceilings, variants, intrinsics of kernels."""
+"""The smaller benches on a CPU: ceilings, variants, intrinsics of kernels."""
 
-import functools
 import json
 import shutil
 import subprocess
@@ -16,15 +15,10 @@ pytest.importorskip("triton", minversion="3.6")
 
 import triton
 
-from bench import ceilings, intrinsics, model_options, train_step, tune, whole_model
-from bench.attention_options import parse, settings
+from bench import ceilings, intrinsics, tune
 from bench.attention_providers import MAKERS
-from bench.harness import Rows
 from bench.intrinsic_checks import CHECKS
-from bench.model_options import run
-from bench.model_providers import THEIRS, AbsentError, Judge, build, random_clips
 from videoswin_kernels import extension
-from videoswin_kernels.testing import PRODUCTION, Case
 
 CPU = torch.device("cpu")
 # Pooling would outlive the test in this process.
@@ -49,88 +43,6 @@ def providers():
 
 def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.mark.parametrize("script", [whole_model, train_step])
-def test_models_are_measured_and_what_cannot_run_says_why(script, tmp_path, capsys):
-    words = [*MACHINE, "--batch", "1", "--modes", "eager", "--json"]
-    assert script.main([*words, str(tmp_path / "rows.jsonl")]) == 0
-    rows = {row["provider"]: row for row in rows_of(tmp_path / "rows.jsonl")}
-    assert rows["reference"]["ms"] > 0
-    assert rows["reference"]["clips_per_s"] == pytest.approx(1e3 / rows["reference"]["ms"])
-    assert rows["torchvision"]["reason"] == "torchvision has no swin_nano"
-    assert rows["reference"]["peak_mb"] > 0
-    assert rows["reference"]["latency_ms"] == rows["reference"]["ms"]
-    if extension.why_not("_ops_cpu") is None:
-        assert rows["fused"]["clips_per_s"] > 0
-        assert rows["fused"]["error"] < 1e-4
-    else:
-        assert "clips_per_s" not in rows["fused"]
-        assert "kernels='fused' cannot run" in rows["fused"]["reason"]
-    # Called again, it measures nothing.
-    capsys.readouterr()
-    assert script.main([*words, str(tmp_path / "rows.jsonl")]) == 0
-    assert len(rows_of(tmp_path / "rows.jsonl")) == 3
-    assert "reference" in capsys.readouterr().out
-    # Another precision is another measurement.
-    words += [str(tmp_path / "rows.jsonl"), "--precision", "bfloat16", "--providers", "reference"]
-    assert script.main(words) == 0
-    last = rows_of(tmp_path / "rows.jsonl")[-1]
-    assert last["precision"] == "bfloat16"
-    assert last["error"] > 1e-4
-
-
-def test_presets_of_a_cpu():
-    def parsed(*words):
-        return model_options.parse("", [*MACHINE, *words], ("eager", "compiled"))
-
-    options = parsed()
-    assert (options.preset, options.precision, options.modes) == ("small", "float32", ("eager",))
-    (group,) = whole_model.groups(parsed("--preset", "clip", "--precision", "bfloat16"))
-    assert (group["model"], group["batch"], group["clip"]) == ("swin_t", 1, (3, 32, 224, 224))
-    assert group["precision"] == "bfloat16"
-    (attention,) = settings(parse([*MACHINE, "--stage", "1", "--shifted", "no"]))
-    assert (attention.batch, attention.stage) == (
-        1,
-        PRODUCTION["swin_t stage 1"]._replace(case=Case((16, 56, 56), (8, 7, 7), (0, 0, 0))),
-    )
-
-
-def test_a_wrong_model_is_seen():
-    clips, labels = random_clips(2, (3, 4, 16, 16), CPU)
-    judge = Judge(build("swin_nano", "reference", CPU), clips, labels)
-    model = build("swin_nano", "reference", CPU)
-    assert "wrong" not in judge.check(model)
-    assert judge.agree(model, model, clips) == {}
-    other = build("swin_nano", "reference", CPU)
-    with torch.no_grad():
-        other.backbone.layers[0].blocks[0].attn.relative_position_bias_table.add_(
-            torch.randn(7**3, 2)
-        )
-    assert "logits" in judge.check(other)["wrong"]
-    assert "gradients" in judge.check(other)["wrong"]
-    assert "wrong" in judge.agree(model, other, clips)
-
-
-def test_torchvisions_model_has_our_weights(monkeypatch):
-    video = pytest.importorskip("torchvision.models.video.swin_transformer")
-    sizes = {"patch_size": [2, 4, 4], "embed_dim": 64, "window_size": [4, 4, 4]}
-    nano = functools.partial(video.SwinTransformer3d, depths=[2, 2], num_heads=[2, 4], **sizes)
-    monkeypatch.setattr("torchvision.models.video.nano", nano, raising=False)
-    monkeypatch.setitem(THEIRS, "swin_nano", "nano")
-    clips = torch.randn(1, 3, 5, 30, 32)
-    ours, theirs = (build("swin_nano", who, CPU).eval() for who in ("reference", "torchvision"))
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(clips), ours(clips))
-    with pytest.raises(AbsentError, match="torchvision has no swin_l"):
-        build("swin_l", "torchvision", CPU)
-
-
-def test_minutes_end_a_bench_between_its_groups(tmp_path, capsys):
-    options = type("Options", (), {"providers": ["one"], "minutes": 0.0, "device": "cpu"})
-    rows = Rows(tmp_path / "rows.jsonl", {"card": "a card"})
-    assert run("model", [{"model": "a"}], lambda group: [], rows, options) == 0
-    assert "1 groups are left after" in capsys.readouterr().err
 
 
 def test_ceilings_of_a_cpu(tmp_path, capsys):

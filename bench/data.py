@@ -1,0 +1,214 @@
+"""How many clips a second the loader of training reads: by reader of videos, by worker processes.
+
+`python bench/data.py [--videos DIR] [--workers 0 2 4] [--json FILE]`. DIR is a data set as training
+takes it; without one, videos of moving shapes are written for the run. Clips are sampled, cropped
+and resized as in training; nothing else runs. What a peer reads is compared with our frames first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+
+import train.data
+from bench.harness import Rows, header
+from bench.timing import Timing
+from train.data import DataSettings, EpochBatches, VideoDataset, build_loader, read_list
+from train.synthetic import write_dataset
+from train.video import Video
+
+COLUMNS = {
+    "reader": "reader",
+    "workers": "workers",
+    "video": "video",
+    "batch": "clips",
+    "ms": "median ms",
+    "spread": "20-80 %",
+    "noise_percent": "+- %",
+    "clips_per_s": "clips/s",
+}
+# Two decoders round colours differently; frames that were mixed up differ by far more.
+MOST_LEVELS = 3.0
+
+
+class Preset(NamedTuple):
+    """The videos that are written, the clips that are cut of them, and how many are read.
+
+    Attributes:
+        frames, height, width: of a video.
+        short_side, crop, clip_len: of a clip, as `DataSettings` has them.
+        batch: clips at a time.
+        batches: under the clock, in each of `rounds`.
+    """
+
+    frames: int
+    height: int
+    width: int
+    short_side: int
+    crop: int
+    clip_len: int
+    batch: int
+    batches: int
+    rounds: int
+
+
+PRESETS = {
+    # Ten seconds of Kinetics as it is commonly stored.
+    "full": Preset(250, 256, 340, 256, 224, 32, 8, 8, 6),
+    "small": Preset(40, 96, 128, 64, 56, 8, 4, 4, 6),
+    "tiny": Preset(16, 64, 80, 32, 32, 4, 2, 1, 1),
+}
+
+
+class AvVideo:
+    """PyAV in the place of `train.video.Video`: it decodes up to the last frame that is wanted."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        import av
+
+        self.path, self.av = os.fspath(path), av
+        with av.open(self.path) as container:
+            self.num_frames = container.streams.video[0].frames
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """uint8 [T, 3, H, W], as `Video.read` returns them."""
+        wanted, found = set(map(int, indices)), {}
+        with self.av.open(self.path) as container:
+            for number, frame in enumerate(container.decode(video=0)):
+                if number in wanted:
+                    found[number] = frame.to_ndarray(format="rgb24")
+                if len(found) == len(wanted):
+                    break
+        frames = np.stack([found[int(index)] for index in indices])
+        return torch.from_numpy(frames).permute(0, 3, 1, 2)
+
+
+READERS = {"decord": Video, "pyav": AvVideo}
+
+
+class Videos(VideoDataset):
+    """The data set of training, read by one of the readers."""
+
+    reader = "decord"
+
+    def __getitem__(self, key: tuple[int, int]) -> object:
+        with patch.object(train.data, "Video", READERS[self.reader]):
+            return super().__getitem__(key)
+
+
+def wrong(reader: str, path: Path) -> str | None:
+    """What is wrong with a reader's frames of a video, None if nothing is."""
+    ours, theirs = Video(path), READERS[reader](path)
+    if ours.num_frames != theirs.num_frames:
+        return f"it finds {theirs.num_frames} frames of {ours.num_frames}"
+    places = np.linspace(0, ours.num_frames - 1, 5).astype(int)
+    difference = (ours.read(places).float() - theirs.read(places).float()).abs().mean().item()
+    if difference <= MOST_LEVELS:
+        return None
+    return f"frames are off by {difference:.1f} levels of 255, {MOST_LEVELS} are allowed"
+
+
+def seconds_of(dataset: Videos, batch: int, batches: int) -> float:
+    """How long `batches` batches take, once every worker has given its first."""
+    first = max(1, dataset.settings.workers)
+    epochs = -(-(first + batches) * batch // len(dataset))
+    keys = list(EpochBatches(len(dataset), batch, 0, epochs))[: first + batches]
+    began = 0.0
+    for number, read in enumerate(build_loader(dataset, keys, torch.device("cpu")), 1):
+        if read.broken:
+            raise RuntimeError(f"{read.broken[0].path}: {read.broken[0].reason}")
+        if number == first:
+            began = time.perf_counter()
+    return time.perf_counter() - began
+
+
+def compare(root: Path, key: dict, readers: Sequence[str], preset: Preset) -> Iterator[dict]:
+    """A row for each reader, read in turn: nothing is read ahead while another is timed."""
+    settings = DataSettings(
+        root=str(root),
+        clip_len=preset.clip_len,
+        short_side=preset.short_side,
+        test_short_side=preset.crop,
+        crop=preset.crop,
+        workers=key["workers"],
+    )
+    listed = read_list(root / "train.txt")
+    said = {reader: wrong(reader, root / listed[0][0]) for reader in readers}
+    sets = {}
+    for reader in (reader for reader in readers if said[reader] is None):
+        sets[reader] = Videos(listed, settings, seed=0)
+        sets[reader].reader = reader
+    entries = [(reader, entry) for entry in range(2) for reader in sets]
+    samples = {entry: [] for entry in entries}
+    for count in range(preset.rounds if entries else 0):
+        first = count % len(entries)
+        for entry in entries[first:] + entries[:first]:
+            taken = seconds_of(sets[entry[0]], preset.batch, preset.batches)
+            samples[entry].append(1e3 * taken / preset.batches)
+    for reader in readers:
+        if reader not in sets:
+            yield {"reader": reader, "wrong": said[reader]}
+            continue
+        timing = Timing.of(samples[reader, 0], samples[reader, 1])
+        speed = {"clips_per_s": preset.batch / timing.median * 1e3}
+        yield {"reader": reader, **timing.items, **speed}
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """The options of this bench."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--preset", choices=PRESETS, default="small", help="default: %(default)s")
+    parser.add_argument("--videos", type=Path, metavar="DIR", help="in place of written ones")
+    parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS))
+    several = sorted({0, 1, os.cpu_count() or 1})
+    parser.add_argument("--workers", nargs="+", type=int, default=several, metavar="N")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="rows are added; continues")
+    options = parser.parse_args(words)
+    if min(options.workers) < 0:
+        parser.error(f"--workers must be 0 or more, got {min(options.workers)}")
+    if options.videos and not (options.videos / "train.txt").is_file():
+        parser.error(f"--videos: {options.videos} has no train.txt")
+    return options
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs the bench and prints its table; the exit status."""
+    options = parse(words)
+    preset, bad = PRESETS[options.preset], 0
+    rows = Rows(options.json, header("cpu"))
+    size = f"{preset.frames} x {preset.height} x {preset.width}"
+    video = options.videos.name if options.videos else f"{size}, written here"
+    with tempfile.TemporaryDirectory() as folder:
+        root = options.videos
+        for workers in options.workers:
+            key = {"bench": "data", "preset": options.preset, "workers": workers, "video": video}
+            key |= {"batch": preset.batch, "clip": (preset.clip_len, preset.crop, preset.crop)}
+            if all(rows.has({**key, "reader": each}) for each in options.readers):
+                continue
+            if root is None:
+                root = Path(folder)
+                sizes = dict(frames=preset.frames, height=preset.height, width=preset.width)
+                counts = dict(videos_per_class=4, test_videos_per_class=0)
+                write_dataset(root, **sizes, **counts, workers=os.cpu_count() or 1)
+            for row in compare(root, key, options.readers, preset):
+                rows.append({**key, **row})
+                bad += "wrong" in row
+    print(rows.table(COLUMNS, {"bench": "data", "preset": options.preset}))
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+"""The residual sum and its norm, forward and backward.
+
+`python bench/residual_norm.py [--device cpu|cuda] [--json FILE] ...`, as bench/operators.py says.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from bench import operators
+
+OPERATORS = ("residual_norm",)
+
+if __name__ == "__main__":
+    sys.exit(operators.main(script=__file__, operators=OPERATORS))

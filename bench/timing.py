@@ -1,0 +1,69 @@
+"""What is said of a provider's repetitions: their median, their spread, and what is noise.
+
+Each provider is entered twice, so that there is a pair of times from every round. The ratio of the
+two is 1 but for noise; the 95 % interval of its median is the A/A control. An effect smaller than
+half the width of that interval is none that the bench can see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import comb
+from typing import NamedTuple
+
+import numpy as np
+
+from bench.rows import cell
+
+# How often an interval may miss the median.
+MISSES = 0.05
+
+
+class Timing(NamedTuple):
+    """Of all repetitions of both entries, in milliseconds.
+
+    Attributes:
+        median: the middle.
+        low, high: the 20th and the 80th percentile.
+        count: how many there are.
+        ratio: 95 % interval of the median ratio of the two entries; None from fewer than six pairs.
+    """
+
+    median: float
+    low: float
+    high: float
+    count: int
+    ratio: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, first: Sequence[float], second: Sequence[float]) -> Timing:
+        """That of two entries' times, in milliseconds, one of each from every round."""
+        low, median, high = np.percentile([*first, *second], (20, 50, 80)).tolist()
+        ratios = [one / other if other else 1.0 for one, other in zip(first, second, strict=True)]
+        return cls(median, low, high, len(first) + len(second), interval_of_median(ratios))
+
+    @property
+    def noise_percent(self) -> float | None:
+        """Half the width of the A/A interval: the smallest effect that may be claimed."""
+        return None if self.ratio is None else 50 * (self.ratio[1] - self.ratio[0])
+
+    @property
+    def items(self) -> dict:
+        """The items of a row."""
+        spread = f"{cell(self.low)}-{cell(self.high)}"
+        timed = dict(ms=self.median, low=self.low, high=self.high, count=self.count, spread=spread)
+        return {**timed, "aa_ratio": self.ratio, "noise_percent": self.noise_percent}
+
+
+def interval_of_median(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of a median, whatever the values' distribution; None from fewer than six.
+
+    Each value is above the median as often as below. So the k-th smallest and the k-th largest
+    enclose it, but where fewer than k of the values are on one side: a binomial distribution.
+    """
+    ordered, count = sorted(values), len(values)
+    outside, rank = 0, 0
+    while 2 * (outside + comb(count, rank)) <= MISSES * 2**count:
+        outside += comb(count, rank)
+        rank += 1
+    return (ordered[rank - 1], ordered[count - rank]) if rank else None

@@ -1,0 +1,97 @@
+"""bench/data.py: readers are compared, then timed; nothing is written where it is asked to stay."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("av")
+pytest.importorskip("decord")
+
+from bench import data
+from train.synthetic import write_dataset
+from train.video import Video
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """A data set of 16 frames of 64 x 80."""
+    folder = tmp_path_factory.mktemp("videos")
+    sizes = {"frames": 16, "height": 64, "width": 80}
+    write_dataset(folder, videos_per_class=1, test_videos_per_class=0, workers=1, **sizes)
+    return folder
+
+
+def test_a_peer_reads_the_same_frames(videos):
+    path = next(videos.rglob("*.mp4"))
+    ours, theirs = Video(path), data.AvVideo(path)
+    assert theirs.num_frames == ours.num_frames == 16
+    places = np.array([3, 0, 15, 3])
+    got = theirs.read(places)
+    assert (got.shape, got.dtype) == ((4, 3, 64, 80), torch.uint8)
+    assert (got.float() - ours.read(places).float()).abs().mean() < 1
+    assert data.wrong("pyav", path) is None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_reader_has_a_row(videos, workers, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    words = ["--preset", "tiny", "--videos", str(videos), "--workers", str(workers)]
+    words += ["--json", str(path)]
+    assert data.main(words) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["reader"] for row in rows] == ["decord", "pyav"]
+    for row in rows:
+        assert (row["workers"], row["preset"]) == (workers, "tiny")
+        # Of both entries; a batch has two clips.
+        assert row["count"] == 2
+        assert row["clips_per_s"] == pytest.approx(2e3 / row["ms"])
+        assert str(videos) not in json.dumps(row)
+    assert "clips/s" in capsys.readouterr().out
+    # Called again, it measures nothing.
+    assert data.main(words) == 0
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_a_reader_of_other_frames_has_no_time(videos, monkeypatch, capsys):
+    class Reversed(data.AvVideo):
+        def read(self, indices):
+            return super().read(self.num_frames - 1 - np.asarray(indices))
+
+    class Short(data.AvVideo):
+        def __init__(self, path):
+            super().__init__(path)
+            self.num_frames -= 1
+
+    words = ["--preset", "tiny", "--videos", str(videos), "--workers", "0", "--readers", "pyav"]
+    for peer, said in ((Reversed, "levels of 255"), (Short, "it finds 15 frames of 16")):
+        monkeypatch.setitem(data.READERS, "pyav", peer)
+        assert data.main(words) == 1
+        assert said in capsys.readouterr().out
+
+
+def test_a_broken_video_ends_it_with_its_name(videos, tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    (folder / "train.txt").write_text("broken.mp4 0\n")
+    (folder / "broken.mp4").write_bytes(b"no video")
+    settings = data.DataSettings(root=str(folder), workers=0)
+    dataset = data.Videos([("broken.mp4", 0)], settings, seed=0)
+    with pytest.raises(RuntimeError, match=r"broken\.mp4: "):
+        data.seconds_of(dataset, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--workers", "-1"], "--workers must be 0 or more, got -1"),
+        (["--videos", "nowhere"], "--videos: nowhere has no train.txt"),
+        (["--readers", "ffmpeg"], "invalid choice: 'ffmpeg'"),
+    ],
+)
+def test_wrong_options_are_refused(words, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        data.main(words)
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
