@@ -55,10 +55,10 @@ class Problem(NamedTuple):
         """The same with two clips: enough for what is wrong between clips, in little memory."""
         return self._replace(qkv=self.qkv[:2])
 
-    def leaves(self, dtype: torch.dtype | None = None) -> Problem:
-        """The same values as leaves that require gradients, in another dtype if one is named."""
+    def leaves(self, dtype: torch.dtype | None = None, *, trains: bool = True) -> Problem:
+        """The same values as leaves, in another dtype if one is named, with or without gradients."""
         tensors = (each.detach().to(dtype or each.dtype).clone() for each in self.tensors)
-        return Problem(self.case, self.heads, *(each.requires_grad_() for each in tensors))
+        return Problem(self.case, self.heads, *(each.requires_grad_(trains) for each in tensors))
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,8 @@ class Judge:
 
     def _results(self, provider: str, dtype: torch.dtype, with_gradients: bool) -> dict:
         """The output and, if wanted, the gradients, under their names."""
-        problem = self.problem.leaves(None if dtype == self.dtype else dtype)
+        kind = None if dtype == self.dtype else dtype
+        problem = self.problem.leaves(kind, trains=with_gradients)
         with torch.set_grad_enabled(with_gradients):
             out = MAKERS[provider](problem, with_gradients)()
         results = {"the output": out.detach()}
