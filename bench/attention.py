@@ -18,13 +18,14 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
+from torch._functorch import config
 
 from bench import allocators, floors, harness
 from bench.attention_options import DTYPES, PRESETS, Setting, parse, settings
 from bench.attention_peers import Problem
 from bench.attention_providers import MAKERS, Judge, differentiate, refusal
 from bench.attention_torchvision import Torchvision
-from bench.harness import Rows, clocks, measure, peak_memory
+from bench.harness import Rows, clocks, peak_memory
 from videoswin_kernels import window_attention
 from videoswin_kernels.selection import explain
 
@@ -45,22 +46,34 @@ COLUMNS = {
 }
 
 
-def prepare(provider: str, problem: Problem, direction: str) -> Callable[[], object]:
-    """The function that is timed; for the backward, its forward has run by then."""
-    trains = direction != "forward"
+def prepare(
+    provider: str, problem: Problem, judge: Judge, direction: str
+) -> tuple[Callable[[], object], str | None]:
+    """(the function that is timed, what is wrong with what it gives for the judge's clips or None).
+
+    For the backward, its forward has run by then.
+    """
+    trains, judged = direction != "forward", slice(len(judge.upstream))
     problem = problem.leaves() if trains else problem
     forward, leaves = MAKERS[provider](problem, trains), problem.tensors
     if isinstance(forward, Torchvision):
         forward.isolate()
         leaves = forward.leaves
     if not trains:
-        return torch.no_grad()(forward)
+        function = torch.no_grad()(forward)
+        return function, judge.agrees({"the output": function()[judged]})
     # Random, as zeros or ones would hide what they multiply.
     upstream = torch.randn_like(problem.qkv[..., : problem.qkv.shape[-1] // 3])
-    if direction == "backward":
-        out = forward()
-        return lambda: differentiate(out, leaves, upstream, keep=True)
-    return lambda: differentiate(forward(), leaves, upstream)
+    upstream[judged] = judge.upstream
+    out, keep = forward(), direction == "backward"
+    results = {"the output": out.detach()[judged]}
+    grads = differentiate(out, leaves, upstream, keep=keep)
+    if leaves[0] is problem.qkv:
+        results["the gradient of qkv"] = grads[0][judged]
+    wrong = judge.agrees(results)
+    if keep:
+        return lambda: differentiate(out, leaves, upstream, keep=True), wrong
+    return lambda: differentiate(forward(), leaves, upstream), wrong
 
 
 def attempt(
@@ -71,14 +84,19 @@ def attempt(
 
     def make() -> tuple:
         if provider in excused:
-            return None, {"reason": f"takes minutes to compile; --providers {provider} asks for it"}
+            said = f"takes minutes to compile; --providers {provider} asks for it"
+            return None, {"reason": said, "excused": True}
         reason = refusal(provider, problem, with_gradients)
         if reason is not None:
             return None, {"reason": reason}
         wrong, off = judge.check(provider, with_gradients)
-        if wrong is not None:
-            return None, {"wrong": wrong, "error": off}
-        return prepare(provider, problem, direction), {"error": off}
+        function = None
+        if wrong is None:
+            # Once more at the size that is timed, at which others are compiled.
+            function, wrong = prepare(provider, problem, judge, direction)
+        return (
+            (function, {"error": off}) if wrong is None else (None, {"wrong": wrong, "error": off})
+        )
 
     return harness.attempt(make, problem.qkv.device)
 
@@ -89,7 +107,7 @@ def compare(
     providers: Sequence[str],
     problem: Problem,
     judge: Judge,
-    ceilings: floors.Ceilings,
+    ceilings: Callable[[], floors.Ceilings],
     excused: Collection[str] = (),
 ) -> Iterator[dict]:
     """The rows of a setting and direction, one for each provider, all measured together."""
@@ -102,8 +120,7 @@ def compare(
             # Nothing after it can run on this device in this process.
             yield {**setting.key, "direction": direction, "provider": provider, **items}
             raise items["fault"]
-    functions = {each: function for each, (function, _) in attempts.items() if function}
-    timings = measure(functions, device, seconds=preset.seconds, least=preset.least)
+    timings = harness.time_all(attempts, device, seconds=preset.seconds, least=preset.least)
     clocks_after = clocks(device)
     itemsize = problem.qkv.element_size()
     works = [
@@ -114,7 +131,7 @@ def compare(
         row = {**setting.key, "direction": direction, "provider": provider, **items}
         if function:
             ms = timings[provider].median
-            row |= {**timings[provider].items, **floors.items(works, ceilings, ms)}
+            row |= {**timings[provider].items, **floors.items(works, ceilings(), ms)}
             row.update(
                 tflops=sum(work.flops for work in works) / ms / 1e9,
                 peak_mb=peak_memory(function, device) / 1e6,
@@ -124,6 +141,12 @@ def compare(
         yield row
 
 
+def found_in(rows: Rows, key: dict, provider: str, options: argparse.Namespace) -> dict | None:
+    """The row of a provider; none is one that says how to ask, once it is asked."""
+    row = rows.find({**key, "provider": provider})
+    return None if row and row.get("excused") and provider not in options.excused else row
+
+
 def run(options: argparse.Namespace, rows: Rows) -> int:
     """Appends every row that is not there yet; the exit status.
 
@@ -131,21 +154,24 @@ def run(options: argparse.Namespace, rows: Rows) -> int:
     """
     began, bad, left = time.monotonic(), 0, 0
     device, preset = torch.device(options.device), PRESETS[options.preset]
-    ceilings = floors.find_ceilings(rows, device, options.dtype, min(preset.seconds, 0.6))
+    seconds = min(preset.seconds, 0.6)
+    ceilings = floors.CeilingsOf(rows, device, options.dtype, options.preset, seconds)
     for setting in settings(options):
         problem = judge = None
         for direction in options.direction:
             key = {**setting.key, "direction": direction}
-            found = [rows.find({**key, "provider": each}) for each in options.providers]
+            found = [found_in(rows, key, each, options) for each in options.providers]
             if all(found):
                 bad += sum("wrong" in row for row in found)
                 continue
             if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
                 left += 1
                 continue
+            # Else what is compiled for many settings counts as compiled too often.
+            torch._dynamo.reset()
+            # A backward that reuses what its forward saved cannot be timed alone, again and again.
+            config.donated_buffer = direction != "backward"
             if problem is None:
-                # Else what is compiled for many settings counts as compiled too often.
-                torch._dynamo.reset()
                 problem = setting.problem(device)
                 judge = Judge(problem.first_clips())
             # All of them again where one is missing: they are comparable only within one run.
@@ -153,8 +179,7 @@ def run(options: argparse.Namespace, rows: Rows) -> int:
             for row in compare(setting, direction, *shared):
                 row.pop("fault", None)
                 bad += "wrong" in row or "failed" in row
-                if not rows.has({**key, "provider": row["provider"]}):
-                    rows.append(row)
+                rows.append(row)
             place = f"{setting.model} stage {setting.number}, {'shifted, ' * setting.shifted}"
             print(f"{place}{direction}: done", file=sys.stderr, flush=True)
     if left:

@@ -6,23 +6,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._functorch import config
 
 from bench.attention_peers import Problem, Windows, eager
 from videoswin_kernels.selection import UnavailableError
 
 
-def _compile(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """It as one graph of these shapes."""
-    # A backward that reuses what the forward saved could not be timed alone, again and again. It is
-    # asked once more when it runs, so it holds for the whole process.
-    config.donated_buffer = False
-    return torch.compile(function, dynamic=False, fullgraph=True)
-
-
 def compiled(problem: Problem) -> Callable[[], Tensor]:
     """`eager` under torch.compile."""
-    return _compile(eager(problem))
+    return torch.compile(eager(problem), dynamic=False, fullgraph=True)
 
 
 def flex(problem: Problem, *, trains_table: bool) -> Callable[[], Tensor]:
@@ -66,4 +57,4 @@ def flex(problem: Problem, *, trains_table: bool) -> Callable[[], Tensor]:
         out = out.view(batch, *counts, heads, *window, width)
         return own.join(out.permute(0, 1, 2, 3, 5, 6, 7, 4, 8).flatten(7))
 
-    return _compile(attention)
+    return torch.compile(attention, dynamic=False, fullgraph=True)

@@ -56,7 +56,7 @@ class Problem(NamedTuple):
         return self._replace(qkv=self.qkv[:2])
 
     def leaves(self, dtype: torch.dtype | None = None, *, trains: bool = True) -> Problem:
-        """The same values as leaves, with gradients or without, in another dtype if one is named."""
+        """The same values as leaves, in another dtype if one is named; `trains`: with gradients."""
         tensors = (each.detach().to(dtype or each.dtype).clone() for each in self.tensors)
         return Problem(self.case, self.heads, *(each.requires_grad_(trains) for each in tensors))
 

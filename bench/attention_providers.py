@@ -126,6 +126,11 @@ class Judge:
             results.update(zip(names, grads, strict=True))
         return results
 
+    def agrees(self, results: dict[str, Tensor]) -> str | None:
+        """What is wrong with some results for the same clips, as `gate` says it."""
+        exact = {name: self.exact[name] for name in results}
+        return gate(results, exact, self.naive, self.dtype)
+
     def check(self, provider: str, with_gradients: bool) -> tuple[str | None, float]:
         """(what is wrong or None, the largest error of the results) of a provider."""
         key = provider, with_gradients

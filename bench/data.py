@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -24,7 +26,7 @@ import numpy as np
 import torch
 
 import train.data
-from bench.harness import Rows, header
+from bench.harness import Rows, attempt, header
 from bench.timing import Timing
 from train.data import DataSettings, EpochBatches, VideoDataset, build_loader, read_list
 from train.synthetic import write_dataset
@@ -34,8 +36,7 @@ COLUMNS = {
     "reader": "reader",
     "workers": "workers",
     "video": "video",
-    "batch": "clips",
-    "ms": "median ms",
+    "ms": "ms a clip",
     "spread": "20-80 %",
     "noise_percent": "+- %",
     "clips_per_s": "clips/s",
@@ -51,7 +52,7 @@ class Preset(NamedTuple):
         frames, height, width: of a video.
         short_side, crop, clip_len: of a clip, as `DataSettings` has them.
         batch: clips at a time.
-        batches: under the clock, in each of `rounds`.
+        batches: under the clock at least, in each of `rounds`.
     """
 
     frames: int
@@ -121,18 +122,27 @@ def wrong(reader: str, path: Path) -> str | None:
     return f"frames are off by {difference:.1f} levels of 255, {MOST_LEVELS} are allowed"
 
 
-def seconds_of(dataset: Videos, batch: int, batches: int) -> float:
-    """How long `batches` batches take, once every worker has given its first."""
-    first = max(1, dataset.settings.workers)
-    epochs = -(-(first + batches) * batch // len(dataset))
-    keys = list(EpochBatches(len(dataset), batch, 0, epochs))[: first + batches]
-    began = 0.0
+def milliseconds_of(dataset: Videos, batch: int, batches: int) -> float:
+    """How long a clip takes on average, in the middle of a pass.
+
+    The clock starts when every worker has given its first batch, and stops while all of them still
+    have others to read. It is of four batches for each worker at least.
+    """
+    workers = max(1, dataset.settings.workers)
+    timed = max(batches, 4 * workers)
+    epochs = -(-(3 * workers + timed) * batch // len(dataset))
+    keys = list(EpochBatches(len(dataset), batch, 0, epochs))
+    began, clips = 0.0, 0
     for number, read in enumerate(build_loader(dataset, keys, torch.device("cpu")), 1):
         if read.broken:
             raise RuntimeError(f"{read.broken[0].path}: {read.broken[0].reason}")
-        if number == first:
+        if number > workers:
+            clips += len(read.labels)
+        if number == workers:
             began = time.perf_counter()
-    return time.perf_counter() - began
+        if number == workers + timed:
+            break
+    return 1e3 * (time.perf_counter() - began) / clips
 
 
 def compare(root: Path, key: dict, readers: Sequence[str], preset: Preset) -> Iterator[dict]:
@@ -146,25 +156,30 @@ def compare(root: Path, key: dict, readers: Sequence[str], preset: Preset) -> It
         workers=key["workers"],
     )
     listed = read_list(root / "train.txt")
-    said = {reader: wrong(reader, root / listed[0][0]) for reader in readers}
-    sets = {}
-    for reader in (reader for reader in readers if said[reader] is None):
-        sets[reader] = Videos(listed, settings, seed=0)
-        sets[reader].reader = reader
-    entries = [(reader, entry) for entry in range(2) for reader in sets]
-    samples = {entry: [] for entry in entries}
-    for count in range(preset.rounds if entries else 0):
-        first = count % len(entries)
-        for entry in entries[first:] + entries[:first]:
-            taken = seconds_of(sets[entry[0]], preset.batch, preset.batches)
-            samples[entry].append(1e3 * taken / preset.batches)
-    for reader in readers:
-        if reader not in sets:
-            yield {"reader": reader, "wrong": said[reader]}
-            continue
-        timing = Timing.of(samples[reader, 0], samples[reader, 1])
-        speed = {"clips_per_s": preset.batch / timing.median * 1e3}
-        yield {"reader": reader, **timing.items, **speed}
+
+    def make(reader: str) -> tuple[Callable[[], float] | None, dict]:
+        said = wrong(reader, root / listed[0][0])
+        if said is not None:
+            return None, {"wrong": said}
+        dataset = Videos(listed, settings, seed=0)
+        dataset.reader = reader
+        return partial(milliseconds_of, dataset, preset.batch, preset.batches), {}
+
+    found = {reader: attempt(partial(make, reader), torch.device("cpu")) for reader in readers}
+    functions = {reader: function for reader, (function, _) in found.items() if function}
+    entries = [(reader, entry) for entry in range(2) for reader in functions]
+    samples, order = {entry: [] for entry in entries}, random.Random(0)
+    for _ in range(preset.rounds):
+        order.shuffle(entries)
+        for entry in entries:
+            samples[entry].append(functions[entry[0]]())
+    for reader, (function, items) in found.items():
+        items.pop("fault", None)
+        row = {"reader": reader, **items}
+        if function:
+            timing = Timing.of(samples[reader, 0], samples[reader, 1])
+            row |= {**timing.items, "clips_per_s": 1e3 / timing.median}
+        yield row
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
@@ -196,7 +211,9 @@ def main(words: Sequence[str] | None = None) -> int:
         for workers in options.workers:
             key = {"bench": "data", "preset": options.preset, "workers": workers, "video": video}
             key |= {"batch": preset.batch, "clip": (preset.clip_len, preset.crop, preset.crop)}
-            if all(rows.has({**key, "reader": each}) for each in options.readers):
+            found = [rows.find({**key, "reader": each}) for each in options.readers]
+            if all(found):
+                bad += sum("wrong" in row for row in found)
                 continue
             if root is None:
                 root = Path(folder)
@@ -205,7 +222,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 write_dataset(root, **sizes, **counts, workers=os.cpu_count() or 1)
             for row in compare(root, key, options.readers, preset):
                 rows.append({**key, **row})
-                bad += "wrong" in row
+                bad += "wrong" in row or "failed" in row
     print(rows.table(COLUMNS, {"bench": "data", "preset": options.preset}))
     return int(bad > 0)
 

@@ -172,13 +172,14 @@ def measure_ceilings(
     """What this machine reaches now: a large copy, a large matrix product, exponentials.
 
     On a CPU the exponentials are torch.exp of what fits the caches; a kernel with a cheaper
-    exponential may pass it. On a GPU torch.exp is bound by memory, and their rate is counted
-    instead: 16 a clock and multiprocessor, as of compute capability 8.0 to 9.0.
+    exponential may pass it. On a GPU they are those of a Triton kernel that keeps them in registers
+    or, where Triton is missing, counted: 16 a clock and multiprocessor, as of compute capability
+    8.0 to 9.0.
     """
     device = torch.device(device)
     is_cuda = device.type == "cuda"
-    # Far more than the caches hold, and a product large enough to fill the machine.
-    count, size = (2**30, 8192) if is_cuda else (2**27, 1024)
+    # More than the caches hold, and a product large enough to fill the machine.
+    count, size = (2**30, 8192) if is_cuda else (2**28, 1024)
     source = torch.arange(count // 4, dtype=torch.int32, device=device)
     target = torch.empty_like(source)
     # Not zeros, of which a product is faster than of data.
@@ -192,9 +193,9 @@ def measure_ceilings(
     # Not the median: what disturbs a ceiling only lowers it.
     copies, products = (1e3 / timings[name].low for name in functions)
     if is_cuda:
-        exps, how = _special_function_rate(device), "exp counted"
+        exps, how = _triton_exp_rate(device, seconds)
     else:
-        exps, how = _exp_rate(seconds), "torch.exp"
+        exps, how = _exp_rate(seconds), "torch.exp of one thread, times the threads"
     return Ceilings(2 * count * copies, 2 * size**3 * products, exps, f"measured, {how}")
 
 
@@ -215,6 +216,17 @@ def _exp_rate(seconds: float) -> float:
     return threads * exponents.numel() * 1e3 / timing.low
 
 
+def _triton_exp_rate(device: torch.device, seconds: float) -> tuple[float, str]:
+    """(exponentials a second, in words how they were found)."""
+    try:
+        from bench.ceilings import triton_exp2
+    except ImportError:
+        return _special_function_rate(device), "exp counted"
+    function, count, _ = triton_exp2(device)
+    timing = measure({"exp": function}, device, seconds=seconds)["exp"]
+    return count * 1e3 / timing.low, "exp2 in Triton"
+
+
 def _special_function_rate(device: torch.device) -> float:
     """Exponentials a second by the count of units and the highest clock."""
     properties = torch.cuda.get_device_properties(device)
@@ -223,19 +235,33 @@ def _special_function_rate(device: torch.device) -> float:
     return 16 * properties.multi_processor_count * clock
 
 
-def find_ceilings(rows: Rows, device: torch.device, dtype: str, seconds: float) -> Ceilings:
-    """This machine's ceilings, measured once for a file of rows."""
-    key = {"bench": "ceilings", "dtype": dtype}
-    row = rows.find(key)
-    if row is None:
-        measured = measure_ceilings(device, getattr(torch, dtype), seconds=seconds)
-        rows.append({**key, **measured._asdict()})
-        return measured
-    return Ceilings(*(row[name] for name in Ceilings._fields))
+class CeilingsOf:
+    """This machine's ceilings, measured once in a run, and only if a row asks for them.
+
+    Args:
+        rows: where they are added.
+        device, dtype: of the rows that ask.
+        preset: of the bench, which tells how long they are measured.
+        seconds: how long.
+    """
+
+    def __init__(
+        self, rows: Rows, device: torch.device, dtype: str, preset: str, seconds: float
+    ) -> None:
+        self.rows, self.device, self.dtype = rows, device, dtype
+        self.preset, self.seconds, self.measured = preset, seconds, None
+
+    def __call__(self) -> Ceilings:
+        if self.measured is None:
+            dtype = getattr(torch, self.dtype)
+            self.measured = measure_ceilings(self.device, dtype, seconds=self.seconds)
+            key = {"bench": "ceilings", "preset": self.preset, "dtype": self.dtype}
+            self.rows.append({**key, **self.measured._asdict()})
+        return self.measured
 
 
 def items(works: Sequence[Work], ceilings: Ceilings, ms: float) -> dict:
     """The items of a row that took so many milliseconds for these works."""
     floor_ms, bound = floor(works, ceilings)
     found = {"floor_ms": floor_ms, "floor_bound": bound, "floor_percent": 100 * floor_ms / ms}
-    return {**found, "ceilings": ceilings.source}
+    return {**found, "ceilings": ceilings._asdict()}

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import time
 from collections.abc import Callable, Mapping
 from itertools import accumulate
-from math import ceil
 
 import torch
 from torch import Tensor
@@ -51,13 +51,44 @@ def attempt(
                 torch.cuda.synchronize(device)
     except UnavailableError as refused:
         return None, {"reason": str(refused)}
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return None, {"reason": "out of memory"}
     except Exception as fault:  # Whatever it is, the others shall be measured.
+        if is_out_of_memory(fault):
+            torch.cuda.empty_cache()
+            return None, {"reason": "out of memory"}
         said = str(fault).strip().splitlines() or [""]
         return None, {"failed": f"{type(fault).__name__}: {said[0]}", "fault": fault}
     return function, items
+
+
+def is_out_of_memory(fault: Exception) -> bool:
+    """Whether it says that a device has no room, in torch's words or those of CUDA's libraries."""
+    words = ("out of memory", "ALLOC_FAILED")
+    return isinstance(fault, torch.OutOfMemoryError) or (
+        isinstance(fault, RuntimeError) and any(word in str(fault) for word in words)
+    )
+
+
+def time_all(
+    found: dict[str, tuple[Callable[[], object] | None, dict]],
+    device: torch.device,
+    *,
+    seconds: float,
+    least: int = 6,
+) -> dict[str, Timing]:
+    """`measure` of what `attempt` found for each name.
+
+    Where they have no room beside each other there are no times, and `found` says so of each.
+    """
+    functions = {name: function for name, (function, _) in found.items() if function}
+    try:
+        return measure(functions, device, seconds=seconds, least=least)
+    except RuntimeError as fault:
+        if not is_out_of_memory(fault):
+            raise
+    torch.cuda.empty_cache()
+    said = "out of memory beside the others; --providers asks for it alone"
+    found.update(dict.fromkeys(functions, (None, {"reason": said})))
+    return {}
 
 
 def measure(
@@ -71,9 +102,9 @@ def measure(
 ) -> dict[str, Timing]:
     """How long each function takes, all of them under the same conditions.
 
-    Each is entered twice (bench/timing.py says why), and all entries are called in turn, in an
-    order that moves on by one every time: clocks and neighbours that drift or fall into step meet
-    all of them. On a GPU the time is that
+    Each is entered twice (bench/timing.py says why), and all entries are called in rounds, each in
+    an order of its own: clocks that drift and what the one before leaves behind meet all of them.
+    On a GPU the time is that
     between two device events, from caches without their data, and without the time that the host
     needs to launch (unless that is more than some milliseconds, or the function waits for the
     device). On a CPU it is what the clock says.
@@ -98,13 +129,17 @@ def measure(
         calls += 1
     entries = [(name, entry) for entry in range(2) for name in functions]
     samples = {entry: [] for entry in entries}
-    began, count = clock(), 0
-    while count < most and (count < least or clock() - began < seconds):
-        first = count % len(entries)
-        for entry in entries[first:] + entries[:first]:
+    began, order = clock(), random.Random(0)
+    while (count := len(samples[entries[0]])) < most:
+        if count >= least and clock() - began >= seconds:
+            break
+        order.shuffle(entries)
+        for entry in entries:
             samples[entry].append(timer.time(functions[entry[0]]))
-        count += 1
-    return {name: Timing.of(samples[name, 0], samples[name, 1]) for name in functions}
+    return {
+        name: Timing.of(samples[name, 0], samples[name, 1], timer.launch_ms.get(function))
+        for name, function in functions.items()
+    }
 
 
 class _Clock:
@@ -112,6 +147,8 @@ class _Clock:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
+        # Nothing is launched.
+        self.launch_ms: dict[Callable[[], object], float] = {}
 
     def warm(self, function: Callable[[], object]) -> None:
         function()
@@ -127,12 +164,13 @@ class _Events:
 
     Before each repetition the device sweeps a buffer of four times its second-level cache. That
     leaves nothing of the last repetition there, and nothing to be written back during the next
-    one, as what was swept last was only read. It also gives the host time to queue the launches,
-    for which it is repeated as long as the slowest host needs: on an idle device the events would
-    measure the host.
+    one, as what was swept last was only read. Then it waits as long as the slowest host needs to
+    queue its launches: on an idle device the events would measure the host. More launches than a
+    queue holds are not hidden so, and what the host takes is told beside the time.
     """
 
-    MOST_SWEEPS = 48
+    # Of a wait, and cycles of a millisecond at the highest clock of any card at hand.
+    MOST_MS, CYCLES = 200.0, 2_000_000
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -140,7 +178,8 @@ class _Events:
         self.buffer = torch.zeros(max(size, 2**24), dtype=torch.float32, device=device)
         self.launch_ms: dict[Callable[[], object], float] = {}
         # The first calls load the kernels of the sweep itself.
-        self.sweep_ms = [self._between(self.sweep) for _ in range(4)][-1]
+        for _ in range(3):
+            self.sweep()
 
     def sweep(self) -> None:
         self.buffer.zero_()
@@ -165,9 +204,10 @@ class _Events:
         self.launch_ms[function] = min(launch_ms, self.launch_ms.get(function, launch_ms))
 
     def time(self, function: Callable[[], object]) -> float:
-        sweeps = 1 + ceil(1.2 * max(self.launch_ms.values()) / self.sweep_ms)
-        for _ in range(min(sweeps, self.MOST_SWEEPS)):
-            self.sweep()
+        self.sweep()
+        wait = min(1.2 * max(self.launch_ms.values()), self.MOST_MS)
+        with torch.cuda.device(self.device):
+            torch.cuda._sleep(int(wait * self.CYCLES))
         return self._between(function)
 
 
@@ -197,12 +237,14 @@ def peak_memory(function: Callable[[], object], device: torch.device | str) -> i
 
 
 def largest(function: Callable[[int], object]) -> int:
-    """The largest whole number that a function takes without torch.OutOfMemoryError; 0 for none."""
+    """The largest whole number that a function takes without running out of memory; 0 for none."""
 
     def fits(number: int) -> bool:
         try:
             function(number)
-        except torch.OutOfMemoryError:
+        except RuntimeError as fault:
+            if not is_out_of_memory(fault):
+                raise
             return False
         finally:
             gc.collect()

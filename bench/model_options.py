@@ -11,7 +11,16 @@ from functools import partial
 import torch
 
 from bench import allocators, floors
-from bench.harness import Rows, Timing, attempt, clocks, measure, peak_memory
+from bench.harness import (
+    Rows,
+    Timing,
+    attempt,
+    clocks,
+    is_out_of_memory,
+    measure,
+    peak_memory,
+    time_all,
+)
 from bench.model_providers import PRECISIONS, PRESETS, PROVIDERS
 from model.variants import VARIANTS
 
@@ -92,17 +101,16 @@ def groups_of(
 
 def compare(key: dict, make: Callable, providers: Iterable[str], device: torch.device) -> list:
     """A row for each provider, timed in turn; `make(provider)` is (function, items of its row)."""
-    found, functions = {}, {}
+    found = {}
     for provider in providers:
-        function, items = found[provider] = attempt(partial(make, provider), device)
+        _, items = found[provider] = attempt(partial(make, provider), device)
         if isinstance(fault := items.pop("fault", None), torch.AcceleratorError):
             # Nothing after it can run on this device in this process.
             raise fault
-        if function:
-            functions[provider] = function
-    timings = measure(functions, device, seconds=4.0 if device.type == "cuda" else 0.5)
+    timings = time_all(found, device, seconds=4.0 if device.type == "cuda" else 0.5)
     after, rows = clocks(device), []
     is_waited_for = key["batch"] == 1
+    functions = {provider: function for provider, (function, _) in found.items() if function}
     latencies = latency(functions, device) if is_waited_for and device.type == "cuda" else timings
     for provider, (function, items) in found.items():
         row = {**key, "provider": provider, **items}
@@ -146,14 +154,14 @@ def conduct(
 
     def fill(rows: Rows) -> int:
         device = torch.device(options.device)
-        ceilings = floors.find_ceilings(rows, device, options.precision, 0.6)
+        ceilings = floors.CeilingsOf(rows, device, options.precision, options.preset, 0.6)
 
         def with_floors(group: dict) -> list[dict]:
             found = measured(group, options)
             for row in found:
                 if "ms" in row:
                     works = work_of(group, training=bench == "step")
-                    row |= floors.items(works, ceilings, row["ms"])
+                    row |= floors.items(works, ceilings(), row["ms"])
             return found
 
         return run(bench, groups, with_floors, rows, options)
@@ -188,12 +196,21 @@ def run(
     began, bad, left = time.monotonic(), 0, 0
     for group in groups:
         key = {"bench": bench, **group}
-        if all(rows.has({**key, "provider": each}) for each in options.providers):
+        found = [rows.find({**key, "provider": each}) for each in options.providers]
+        if all(found):
+            bad += sum("wrong" in row for row in found)
             continue
         if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
             left += 1
             continue
-        for row in measured(group):
+        try:
+            found = measured(group)
+        except RuntimeError as fault:
+            if not is_out_of_memory(fault):
+                raise
+            said = "out of memory before anyone was timed"
+            found = [{"provider": each, "reason": said} for each in options.providers]
+        for row in found:
             rows.append({**key, **row})
             bad += "failed" in row or "wrong" in row
         print(*group.values(), file=sys.stderr, flush=True)

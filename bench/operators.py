@@ -23,7 +23,7 @@ import torch
 from bench import allocators, floors
 from bench.attention_options import DTYPES, PRESETS, parser_of, settle, sized
 from bench.attention_providers import NAMED, not_timed
-from bench.harness import Rows, attempt, clocks, measure, peak_memory
+from bench.harness import Rows, attempt, clocks, peak_memory, time_all
 from bench.operator_problems import Problem, random_problem, wrong
 from bench.sizes import depths
 from videoswin_kernels.selection import OPERATORS, Call, choose
@@ -66,15 +66,14 @@ def compare(
     problem: Problem,
     stage: Stage,
     key: dict,
-    ceilings: floors.Ceilings,
+    ceilings: Callable[[], floors.Ceilings],
     options: argparse.Namespace,
 ) -> list[dict]:
     """The rows of an operator, stage and direction, all measured together."""
     device, preset = torch.device(options.device), PRESETS[options.preset]
     make = partial(ready, problem, key["direction"])
     found = {each: attempt(partial(make, each), device) for each in options.providers}
-    functions = {each: function for each, (function, _) in found.items() if function}
-    timings = measure(functions, device, seconds=preset.seconds, least=preset.least)
+    timings = time_all(found, device, seconds=preset.seconds, least=preset.least)
     after, rows = clocks(device), []
     itemsize = DTYPES[key["dtype"]].itemsize
     works = [
@@ -89,7 +88,7 @@ def compare(
         if function:
             ms = timings[provider].median
             row |= {**timings[provider].items, "bytes": moved, "clocks_after": after}
-            row |= {"gb_per_s": moved / ms / 1e6, **floors.items(works, ceilings, ms)}
+            row |= {"gb_per_s": moved / ms / 1e6, **floors.items(works, ceilings(), ms)}
             row |= {"peak_mb": peak_memory(function, device) / 1e6}
             if "reference" in timings:
                 row["times_reference"] = timings["reference"].median / ms
@@ -117,11 +116,13 @@ def fill(options: argparse.Namespace, rows: Rows) -> int:
     began, bad, left = time.monotonic(), 0, 0
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     seconds = min(PRESETS[options.preset].seconds, 0.6)
-    ceilings = floors.find_ceilings(rows, device, options.dtype, seconds)
+    ceilings = floors.CeilingsOf(rows, device, options.dtype, options.preset, seconds)
     for operator, stage, place in settings(options):
         for direction in options.direction:
             key = {**place, "direction": direction}
-            if all(rows.has({**key, "provider": each}) for each in options.providers):
+            found = [rows.find({**key, "provider": each}) for each in options.providers]
+            if all(found):
+                bad += sum("wrong" in row for row in found)
                 continue
             if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
                 left += 1

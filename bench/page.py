@@ -1,7 +1,7 @@
 """docs/performance.md and its plots, from the rows of bench/results: nothing in it is typed.
 
 `python bench/page.py [--results DIR] [--output FILE]`. Rows of the presets full and clip are taken,
-the last of each place on each machine, lost ones and those that say why they have no time included.
+the latest of each place on each machine, with lost ones and those that say why they have no time.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ HEAD = """# Performance
 Written by `python bench/page.py` from `bench/results`; [bench/README.md](../bench/README.md) says
 how a row is measured. A cell is the median of its repetitions in milliseconds where no other unit
 is named, beside the smallest effect that the run could see for it (half the width of the 95 %
-interval of its A/A ratio: each provider is entered twice). **Bold** is the best of a line, where it
-is ahead of all others by more than both can see. *floor* is the least time for the bytes, FLOPs and
-exponentials at the rates of a copy, a product and exponentials measured on the same machine.
+interval of its A/A ratio: each provider is entered twice). **Bold** is the best of a line, where
+all were measured together and it is ahead by more than is noise. *floor* is the least time for the
+bytes, FLOPs and exponentials at the rates of a copy, a product and exponentials in the same run.
 """
 
 
@@ -44,7 +44,7 @@ class Table(NamedTuple):
         lines: items that name a line, in the order of columns.
         provider: the item that names a column of numbers.
         value: the item in the cells, with its unit.
-        best: min or max of a line is bold, None marks nothing.
+        best: min or max of a line is bold.
         has_plot: whether a plot is drawn of it.
     """
 
@@ -56,6 +56,11 @@ class Table(NamedTuple):
     value: tuple[str, str] = ("ms", "ms")
     best: object = min
     has_plot: bool = True
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether its numbers are times, of which there is noise."""
+        return self.value[0] in ("ms", "clips_per_s")
 
 
 OF_MODEL = ("precision", "mode")
@@ -70,10 +75,18 @@ TABLES = (
     Table(
         "operators",
         "Operators beside attention",
-        ("model", "dtype", "batch"),
+        ("model", "window", "dtype", "batch"),
         ("operator", "stage", "direction"),
     ),
     Table("model", "Whole models, forward", OF_MODEL, MODEL_LINES),
+    Table(
+        "model",
+        "Whole models, forward: what a user waits for one clip",
+        OF_MODEL,
+        MODEL_LINES[:3],
+        value=("latency_ms", "ms"),
+        has_plot=False,
+    ),
     Table(
         "model",
         "Whole models, forward: memory",
@@ -115,13 +128,24 @@ TABLES = (
 
 
 def read(folder: Path) -> list[dict]:
-    """The rows that are published, the last of each place."""
-    found = {}
+    """The rows that are published, in the order of the files, the latest of each place.
+
+    Raises:
+        ValueError: a row of a bench of the page does not say how large its inputs are.
+    """
+    found: dict[str, dict] = {}
+    benches = {table.bench for table in TABLES} | {"ceilings"}
     for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             row = json.loads(line)
-            if row["bench"] == "ceilings" or row.get("preset") in PUBLISHED:
-                found[place_of(row)] = row
+            if row["bench"] not in benches:
+                continue
+            if "preset" not in row:
+                raise ValueError(f"{path}: line {number} names no preset; measure it again")
+            place = place_of(row)
+            is_later = place not in found or row["date"] >= found[place]["date"]
+            if row["preset"] in PUBLISHED and is_later:
+                found[place] = row
     return list(found.values())
 
 
@@ -168,21 +192,24 @@ def text_of(row: dict, table: Table, notes: list[str], is_best: bool) -> str:
         return f"[{notes.index(said) + 1}]"
     text = f"**{cell(value)}**" if is_best else cell(value)
     noise = row.get("noise_percent")
-    is_timed = table.value[0] in ("ms", "clips_per_s")
-    return f"{text} ±{noise:.1f}%" if is_timed and noise is not None else text
+    return f"{text} ±{noise:.1f}%" if table.is_timed and noise is not None else text
 
 
 def best_of(members: Sequence[dict], table: Table) -> dict | None:
-    """The row of a line that is ahead of all others by more than both of the two can see."""
+    """The row of a line that is ahead of all others, measured together, by more than is noise."""
     name = table.value[0]
     known = sorted((row for row in members if row.get(name) is not None), key=lambda r: r[name])
-    if table.best is None or len(known) < 2:
-        return None
     if table.best is max:
         known.reverse()
+    # A run has one date: that of its beginning.
+    if len(known) < 2 or len({row["date"] for row in known}) > 1:
+        return None
     first, second = known[:2]
     ahead = 100 * abs(second[name] / first[name] - 1)
-    return first if ahead > max(row.get("noise_percent") or 0 for row in (first, second)) else None
+    if not table.is_timed:
+        return first if ahead > 0 else None
+    noise = [row["noise_percent"] for row in (first, second)]
+    return first if None not in noise and ahead > max(noise) else None
 
 
 def render(table: Table, rows: Sequence[dict]) -> str:
@@ -241,6 +268,8 @@ def page(rows: Sequence[dict], plots: Path) -> str:
         parts.append("\n".join(ceilings_of([r for r in members if r["bench"] == "ceilings"])))
         for place, table in enumerate(TABLES):
             of_bench = [row for row in members if row["bench"] == table.bench]
+            if table.value[0] == "latency_ms":
+                of_bench = [row for row in of_bench if row["batch"] == 1]
             for part, (items, chosen) in enumerate(split(of_bench, (*table.apart, "allocator"))):
                 named = zip((*table.apart, "allocator"), items, strict=True)
                 said = ", ".join(f"{name} {shown(name, item)}" for name, item in named if item)

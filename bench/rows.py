@@ -10,8 +10,8 @@ from pathlib import Path
 
 # A row stands for a new measurement where all of these are the same.
 SAME = (
-    *("card", "device", "threads", "allocator"),
-    *("commit", "sources", "torch", "cuda", "triton", "interpret"),
+    *("card", "device", "driver", "threads", "allocator"),
+    *("commit", "sources", "python", "torch", "cuda", "triton", "interpret"),
 )
 
 

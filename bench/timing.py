@@ -27,6 +27,7 @@ class Timing(NamedTuple):
         low, high: the 20th and the 80th percentile.
         count: how many there are.
         ratio: 95 % interval of the median ratio of the two entries; None from fewer than six pairs.
+        launch_ms: how long the host takes to launch it on a GPU; None on a CPU.
     """
 
     median: float
@@ -34,13 +35,17 @@ class Timing(NamedTuple):
     high: float
     count: int
     ratio: tuple[float, float] | None = None
+    launch_ms: float | None = None
 
     @classmethod
-    def of(cls, first: Sequence[float], second: Sequence[float]) -> Timing:
+    def of(
+        cls, first: Sequence[float], second: Sequence[float], launch_ms: float | None = None
+    ) -> Timing:
         """That of two entries' times, in milliseconds, one of each from every round."""
         low, median, high = np.percentile([*first, *second], (20, 50, 80)).tolist()
         ratios = [one / other if other else 1.0 for one, other in zip(first, second, strict=True)]
-        return cls(median, low, high, len(first) + len(second), interval_of_median(ratios))
+        interval = interval_of_median(ratios)
+        return cls(median, low, high, len(first) + len(second), interval, launch_ms)
 
     @property
     def noise_percent(self) -> float | None:
@@ -52,7 +57,8 @@ class Timing(NamedTuple):
         """The items of a row."""
         spread = f"{cell(self.low)}-{cell(self.high)}"
         timed = dict(ms=self.median, low=self.low, high=self.high, count=self.count, spread=spread)
-        return {**timed, "aa_ratio": self.ratio, "noise_percent": self.noise_percent}
+        noise = {"aa_ratio": self.ratio, "noise_percent": self.noise_percent}
+        return {**timed, **noise, "launch_ms": self.launch_ms}
 
 
 def interval_of_median(values: Sequence[float]) -> tuple[float, float] | None:

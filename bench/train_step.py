@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from bench.model_options import MODES, compare, conduct, groups_of, parse, parser_of
-from bench.model_providers import PRESETS, Judge, build, mixed, random_clips
+from bench.model_providers import PRESETS, Judge, build, compiled, mixed, random_clips
 
 
 def measured(group: dict, options: argparse.Namespace) -> list[dict]:
@@ -40,8 +40,8 @@ def measured(group: dict, options: argparse.Namespace) -> list[dict]:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=is_fused)
         called = model
         if group["mode"] == "compiled":
-            called = torch.compile(model, dynamic=False, fullgraph=provider != "torchvision")
-            items |= judge.agree(model, called, clips)
+            called, more = compiled(model, provider, judge, clips, labels)
+            items |= more
             if "wrong" in items:
                 return None, items
 

@@ -142,7 +142,7 @@ def compare(
     setting, direction = setting_of(first, options), first["direction"]
     problem = setting.problem(device)
     judge = Judge(problem.first_clips())
-    ceilings = floors.find_ceilings(rows, device, setting.dtype, 0.6)
+    ceilings = floors.CeilingsOf(rows, device, setting.dtype, setting.preset, 0.6)
     as_it_is = {"name": AS_IT_IS, "set": {}, "predicted": None}
     found, functions = {}, {}
     for variant in (as_it_is, *variants):
@@ -172,7 +172,7 @@ def compare(
         row = {"variant": name, "predicted": variant["predicted"], "set": variant["set"], **items}
         if name in timings:
             ms = timings[name].median
-            row |= {**timings[name].items, **floors.items(works, ceilings, ms)}
+            row |= {**timings[name].items, **floors.items(works, ceilings(), ms)}
             row |= {"clocks_after": after, "times_as_is": own.median / ms if own else None}
         yield row
 

@@ -21,7 +21,7 @@ import torch
 
 from bench.harness import attempt, largest
 from bench.model_options import COLUMNS, MODES, compare, conduct, groups_of, parse, parser_of
-from bench.model_providers import PRESETS, Judge, build, mixed, random_clips
+from bench.model_providers import PRESETS, Judge, build, compiled, mixed, random_clips
 
 # The columns of --largest.
 MOST = {
@@ -47,7 +47,7 @@ def shapes(options: argparse.Namespace) -> list[tuple[tuple[int, ...], int]]:
 def measured(group: dict, options: argparse.Namespace) -> list[dict]:
     """The rows of a group."""
     device, precision = torch.device(options.device), group["precision"]
-    clips, _ = random_clips(group["batch"], group["clip"], device)
+    clips, labels = random_clips(group["batch"], group["clip"], device)
     reference = build(group["model"], "reference", device).eval()
     judge = Judge(reference, clips, None, precision)
     # Else the graphs of many models count as those of one that is compiled too often.
@@ -60,10 +60,8 @@ def measured(group: dict, options: argparse.Namespace) -> list[dict]:
             return None, items
         called = model
         if group["mode"] == "compiled":
-            # Ours is one graph; torchvision's may be several.
-            is_ours = provider != "torchvision"
-            called = torch.compile(model, dynamic=False, fullgraph=is_ours)
-            items |= judge.agree(model, called, clips)
+            called, more = compiled(model, provider, judge, clips, labels)
+            items |= more
             if "wrong" in items:
                 return None, items
 
@@ -112,12 +110,12 @@ def parse_words(words: Sequence[str] | None) -> argparse.Namespace:
 
 def main(words: Sequence[str] | None = None) -> int:
     options = parse_words(words)
-    groups = groups_of(options, shapes(options))
     if options.largest:
-        # One search for each model and clip: a batch is what is found.
-        found = [{name: item for name, item in each.items() if name != "batch"} for each in groups]
-        groups = [group for place, group in enumerate(found) if group not in found[:place]]
+        # A batch is what is found; each that is tried would be compiled.
+        options.modes = MODES[:1]
+        groups = groups_of(options, [(PRESETS[options.preset].clip, None)])
         return conduct("most clips", __file__, words, options, groups, most_clips, MOST)
+    groups = groups_of(options, shapes(options))
     return conduct("model", __file__, words, options, groups, measured)
 
 

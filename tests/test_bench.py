@@ -3,6 +3,8 @@
 import contextlib
 import json
 import subprocess
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +40,19 @@ class FakeClock:
         return function
 
 
-def test_measure_takes_functions_twice_in_turn_and_moves_their_order_on():
+def test_measure_takes_functions_twice_in_rounds_and_each_behind_every_other():
     clock = FakeClock()
     functions = {name: clock.taking(name, 1.0) for name in "abc"}
-    measure(functions, "cpu", seconds=0, least=4, clock=clock)
-    # The first three calls are warming up.
-    assert "".join(clock.calls) == "abc" + "abcabc" + "bcabca" + "cabcab" + "abcabc"
+    measure(functions, "cpu", seconds=0, least=60, clock=clock)
+    warm, calls = clock.calls[:3], clock.calls[3:]
+    assert warm == ["a", "b", "c"]
+    rounds = [calls[start : start + 6] for start in range(0, len(calls), 6)]
+    assert all(sorted(each) == list("aabbcc") for each in rounds)
+    pairs = Counter(pairwise(calls))
+    # As often as chance has it, which no carry-over of one provider to the next can hide behind.
+    assert min(pairs[one, other] for one in "abc" for other in "abc") > 360 / 9 / 3
+    first = Counter(each[0] for each in rounds)
+    assert min(first[name] for name in "abc") > 60 / 3 / 2
 
 
 def test_measure_reads_a_known_effect_and_leaves_the_first_call_out():
@@ -131,7 +140,7 @@ class FakeEvent:
         return (end.at - self.at) * 1e3
 
 
-def test_a_gpu_sweeps_its_cache_as_long_as_the_slowest_host_launches(monkeypatch):
+def test_a_gpu_sweeps_its_cache_and_waits_as_long_as_the_slowest_host_launches(monkeypatch):
     clock = FakeEvent.clock = FakeClock()
     properties = type("Properties", (), {"L2_cache_size": 2**20})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -140,6 +149,8 @@ def test_a_gpu_sweeps_its_cache_as_long_as_the_slowest_host_launches(monkeypatch
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(harness.time, "perf_counter", clock)
     monkeypatch.setattr(harness._Events, "sweep", staticmethod(clock.taking("s", 0.1)))
+    waits = []
+    monkeypatch.setattr(torch.cuda, "_sleep", waits.append)
     timer = harness._Events(torch.device("cpu"))
     assert timer.buffer.nbytes >= 4 * properties.L2_cache_size
     slow, quick = clock.taking("slow", 9000, 0.45), clock.taking("quick", 0.02)
@@ -148,8 +159,14 @@ def test_a_gpu_sweeps_its_cache_as_long_as_the_slowest_host_launches(monkeypatch
         timer.warm(quick)
     clock.calls.clear()
     assert timer.time(quick) == pytest.approx(0.02)
-    # 0.45 ms of launching and a fifth more take six sweeps of 0.1 ms; and there is always one.
-    assert clock.calls == ["s"] * 7 + ["quick"]
+    # The cache is swept, then the device waits for 0.45 ms of launching and a fifth more.
+    assert clock.calls == ["s", "quick"]
+    assert waits == [pytest.approx(1.2 * 0.45 * 2e6, abs=1)]
+    assert timer.launch_ms[slow] == pytest.approx(0.45)
+    # It waits for no host for ever; what the host takes is told in the row.
+    timer.launch_ms[slow] = 9000
+    timer.time(quick)
+    assert waits[-1] == pytest.approx(200 * 2e6)
 
 
 def test_peak_memory_is_beyond_what_was_held():
@@ -290,5 +307,36 @@ def test_the_largest_batch_is_found(most):
 
     assert largest(fill) == most
     assert len(tried) <= 2 + 2 * most.bit_length()
-    with pytest.raises(ValueError, match="no memory of its own"):
-        largest(lambda number: (_ for _ in ()).throw(ValueError("no memory of its own")))
+    with pytest.raises(RuntimeError, match="illegal"):
+        largest(lambda number: (_ for _ in ()).throw(RuntimeError("illegal memory access")))
+
+
+@pytest.mark.parametrize(
+    ("fault", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_a_device_has_many_words_for_having_no_room(fault, is_one):
+    assert harness.is_out_of_memory(fault) == is_one
+
+
+def test_providers_without_room_beside_each_other_have_a_reason_in_place_of_times():
+    def full():
+        raise torch.OutOfMemoryError("no room")
+
+    found = {"one": (full, {"error": 0.0}), "other": (None, {"reason": "it is not here"})}
+    assert harness.time_all(found, torch.device("cpu"), seconds=0) == {}
+    assert found["one"][0] is None
+    assert found["one"][1]["reason"].startswith("out of memory beside the others")
+    assert found["other"][1]["reason"] == "it is not here"
+
+    def broken():
+        raise RuntimeError("it broke")
+
+    with pytest.raises(RuntimeError, match="it broke"):
+        harness.time_all({"one": (broken, {})}, torch.device("cpu"), seconds=0)

@@ -12,7 +12,14 @@ import pytest
 import torch
 from operator_suite import random
 
-from bench import allocators, attention, attention_providers, floors, machine
+from bench import (
+    allocators,
+    attention,
+    attention_options,
+    attention_providers,
+    floors,
+    machine,
+)
 from bench.attention_compiled import compiled, flex
 from bench.attention_peers import Problem, eager, sdpa
 from bench.attention_torchvision import Torchvision
@@ -117,6 +124,43 @@ def test_what_takes_minutes_to_compile_is_left_out_of_small_presets_unless_it_is
     assert items["reason"] == "takes minutes to compile; --providers flex asks for it"
 
 
+def test_what_was_left_out_is_measured_once_it_is_named(quick, monkeypatch, tmp_path):
+    monkeypatch.setitem(attention_providers.MAKERS, "flex", lambda problem, _: eager(problem))
+    path = tmp_path / "rows.jsonl"
+    words = (*TINY, "--shifted", "no", "--direction", "forward", "--json", str(path))
+    monkeypatch.setattr(attention_options, "MAKERS", {"eager": eager, "flex": eager})
+    assert attention.main(words) == 0
+    assert attention.main(words) == 0
+    rows = [row for row in map(json.loads, path.read_text().splitlines()) if "provider" in row]
+    assert [(row["provider"], "ms" in row) for row in rows] == [("eager", True), ("flex", False)]
+    assert attention.main((*words, "--providers", "eager,flex")) == 0
+    *_, last = map(json.loads, path.read_text().splitlines())
+    assert last["provider"] == "flex"
+    assert last["ms"] > 0
+
+
+def test_what_is_wrong_at_the_size_that_is_timed_alone_is_seen(quick, monkeypatch, capsys):
+    """As a kernel is that was compiled for it."""
+
+    def wrong_of_many(problem, trains_table):
+        function = eager(problem)
+        return (lambda: function() * 1.01) if len(problem.qkv) > 2 else function
+
+    def wrong_gradient_of_many(problem, trains_table):
+        qkv = problem.qkv
+        return eager(problem._replace(qkv=qkv / 2 + qkv.detach() / 2 if len(qkv) > 2 else qkv))
+
+    options = (*TINY, "--shifted", "yes", "--batch", "3", "--providers", "eager,sdpa")
+    for broken, direction, said in (
+        (wrong_of_many, "forward", "the output is off by 1.0e-02"),
+        (wrong_of_many, "forward+backward", "the output is off by 1.0e-02"),
+        (wrong_gradient_of_many, "backward", "the gradient of qkv is off by 5.0e-01"),
+    ):
+        monkeypatch.setitem(attention_providers.MAKERS, "sdpa", broken)
+        assert attention.main((*options, "--direction", direction)) == 1
+        assert f"wrong: {said}" in capsys.readouterr().out
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Takes ceilings and machine as known: to measure takes a second, and sources may change."""
@@ -208,14 +252,16 @@ def test_an_interrupted_bench_continues_where_it_stopped(quick, tmp_path, capsys
     command = (*TINY, "--providers", "eager,reference", "--json", str(path))
     assert attention.main((*command, "--minutes", "0")) == 0
     assert "6 settings are left after 0.0 minutes" in capsys.readouterr().err
-    assert len(path.read_text().splitlines()) == 1  # The ceilings.
+    assert not path.exists()
     assert attention.main((*command, "--direction", "backward")) == 0
     begun = path.read_text()
+    # The ceilings, and two providers, shifted and not.
     assert len(begun.splitlines()) == 5
     assert attention.main(command) == 0
     whole = path.read_text()
     assert whole.startswith(begun)
-    assert len(whole.splitlines()) == 13
+    # Those of this run, and of two more directions.
+    assert len(whole.splitlines()) == 5 + 1 + 8
     assert attention.main(command) == 0
     assert path.read_text() == whole
 

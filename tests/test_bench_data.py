@@ -1,6 +1,7 @@
 """bench/data.py: readers are compared, then timed; nothing is written where it is asked to stay."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,9 +45,9 @@ def test_each_reader_has_a_row(videos, workers, tmp_path, capsys):
     assert [row["reader"] for row in rows] == ["decord", "pyav"]
     for row in rows:
         assert (row["workers"], row["preset"]) == (workers, "tiny")
-        # Of both entries; a batch has two clips.
+        # Of both entries.
         assert row["count"] == 2
-        assert row["clips_per_s"] == pytest.approx(2e3 / row["ms"])
+        assert row["clips_per_s"] == pytest.approx(1e3 / row["ms"])
         assert str(videos) not in json.dumps(row)
     assert "clips/s" in capsys.readouterr().out
     # Called again, it measures nothing.
@@ -79,7 +80,37 @@ def test_a_broken_video_ends_it_with_its_name(videos, tmp_path):
     settings = data.DataSettings(root=str(folder), workers=0)
     dataset = data.Videos([("broken.mp4", 0)], settings, seed=0)
     with pytest.raises(RuntimeError, match=r"broken\.mp4: "):
-        data.seconds_of(dataset, 1, 1)
+        data.milliseconds_of(dataset, 1, 1)
+
+
+def test_clips_are_counted_where_the_last_batch_of_an_epoch_is_small(monkeypatch):
+    """Three videos by twos: batches of two and of one, each of which takes a second here."""
+    now, given = [0.0], []
+
+    def loader(dataset, keys, device):
+        for batch in keys:
+            given.append(len(batch))
+            now[0] += 1.0
+            yield SimpleNamespace(broken=[], labels=batch)
+
+    monkeypatch.setattr(data, "build_loader", loader)
+    monkeypatch.setattr(data.time, "perf_counter", lambda: now[0])
+    dataset = data.Videos([("a.mp4", 0)] * 3, data.DataSettings(workers=2), seed=0)
+    # Eight batches, four for each of the workers, behind the first of each.
+    assert data.milliseconds_of(dataset, 2, 1) == pytest.approx(8e3 / sum(given[2:10]))
+    assert given == [2, 1] * 5
+
+
+def test_a_reader_that_breaks_leaves_the_others(videos, monkeypatch, capsys):
+    def broken(path):
+        raise ImportError("there is no such reader")
+
+    monkeypatch.setitem(data.READERS, "pyav", broken)
+    words = ["--preset", "tiny", "--videos", str(videos), "--workers", "0"]
+    assert data.main(words) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "failed: ImportError: there is no such reader" in lines[2]
+    assert "failed" not in lines[1]
 
 
 @pytest.mark.parametrize(

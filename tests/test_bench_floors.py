@@ -5,6 +5,7 @@ import torch
 
 from bench import floors
 from bench.attention_peers import Problem, Windows
+from bench.harness import Rows
 from bench.sizes import stages
 from videoswin_kernels.testing import ATTENTION, PRODUCTION, Case, Stage
 
@@ -94,3 +95,26 @@ def test_padding_is_computed_but_not_moved_and_passes_add():
     assert works[0].bytes * 13 == works[1].bytes * 14
     one, both = (floors.floor(works[:count], floors.H200)[0] for count in (1, 2))
     assert both == pytest.approx(2 * one)
+
+
+def test_ceilings_are_measured_once_in_a_run_and_only_if_they_are_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(floors, "measure_ceilings", lambda *a, **k: asked.append(k) or floors.H200)
+    rows = Rows(None, {})
+    ceilings = floors.CeilingsOf(rows, torch.device("cpu"), "bfloat16", "small", 0.3)
+    assert not asked
+    assert ceilings() == ceilings() == floors.H200
+    assert asked == [{"seconds": 0.3}]
+    row = rows.find({"bench": "ceilings", "preset": "small", "dtype": "bfloat16"})
+    assert row["bytes"] == 4.3e12
+    # Every row has those of its own run.
+    found = floors.items([floors.Work(43 * 10**9, 0, 0)], ceilings(), 20.0)
+    assert (found["floor_ms"], found["floor_bound"]) == (pytest.approx(10), "bytes")
+    assert found["floor_percent"] == pytest.approx(50)
+    assert found["ceilings"]["flops"] == 790e12
+
+
+def test_a_processors_ceilings_are_measured():
+    found = floors.measure_ceilings("cpu", torch.float32, seconds=0.0)
+    assert min(found[:3]) > 1e8
+    assert found.source == "measured, torch.exp of one thread, times the threads"

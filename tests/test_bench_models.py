@@ -148,15 +148,49 @@ def test_a_wrong_model_is_seen():
     judge = Judge(build("swin_nano", "reference", CPU), clips, labels)
     model = build("swin_nano", "reference", CPU)
     assert "wrong" not in judge.check(model)
-    assert judge.agree(model, model, clips) == {}
+    assert judge.agree(model, model, clips, labels) == {}
     other = build("swin_nano", "reference", CPU)
     with torch.no_grad():
         other.backbone.layers[0].blocks[0].attn.relative_position_bias_table.add_(
             torch.randn(7**3, 2)
         )
     assert "logits" in judge.check(other)["wrong"]
-    assert "gradients" in judge.check(other)["wrong"]
-    assert "wrong" in judge.agree(model, other, clips)
+    assert "gradients of attn.qkv.weight" in judge.check(other)["wrong"]
+    said = judge.agree(model, other, clips, labels)["wrong"]
+    assert "logits" in said
+    assert "gradients" in said
+
+
+@pytest.mark.parametrize("kind", ["attn.relative_position_bias_table", "norm1.weight"])
+def test_a_gradient_that_is_small_among_all_is_seen(kind):
+    clips, labels = random_clips(2, (3, 4, 16, 16), CPU)
+    model = build("swin_nano", "reference", CPU)
+    judge = Judge(model, clips, labels)
+    for name, parameter in model.named_parameters():
+        if name.endswith(kind):
+            parameter.register_hook(lambda grad: grad / 2)
+    assert judge.check(model)["wrong"].startswith(f"gradients of {kind}: off by 5.0e-01")
+
+
+def test_a_model_without_numbers_is_wrong_even_where_plain_pytorch_is_so(monkeypatch):
+    clips, labels = random_clips(1, (3, 4, 16, 16), CPU)
+    model = build("swin_nano", "reference", CPU)
+    judge = Judge(model, clips, labels)
+    judge.naive = dict.fromkeys(judge.naive, float("inf"))
+    with torch.no_grad():
+        model.cls_head.fc_cls.bias.fill_(float("nan"))
+    assert "logits" in judge.check(model)["wrong"]
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_judged_by_its_gradients(tmp_path):
+    words = [*MACHINE, "--batch", "1", "--providers", "reference", "--modes", "compiled"]
+    for script in (train_step, whole_model):
+        torch._dynamo.reset()
+        assert script.main([*words, "--json", str(tmp_path / "rows.jsonl")]) == 0
+        row = rows_of(tmp_path / "rows.jsonl")[-1]
+        assert (row["mode"], row["graphs"]) == ("compiled", 1)
+        assert row["ms"] > 0
 
 
 def test_torchvisions_model_has_our_weights(monkeypatch):

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,9 @@ def test_a_wrong_provider_has_no_time(monkeypatch, tmp_path):
     words = ("--stage", "1", "--operators", "cyclic_shift", "--providers", "reference")
     assert operators.main((*TINY, *words, "--json", str(path))) == 1
     assert [("ms" in row, row["wrong"]) for row in rows_of(path)] == [(False, "it is off")] * 2
+    # Neither does it pass when the run continues, where nothing is left to measure.
+    assert operators.main((*TINY, *words, "--json", str(path))) == 1
+    assert len(rows_of(path)) == 2
 
 
 @pytest.mark.parametrize("operator", MEASURED)
@@ -194,3 +198,14 @@ def test_the_scripts_have_all_operators_between_them():
     scripts = ("cyclic_shift", "window_partition", "patch_merging", "residual_norm")
     found = [name for s in scripts for name in importlib.import_module(f"bench.{s}").OPERATORS]
     assert sorted(found) == sorted(MEASURED)
+
+
+def test_micro_benchmarks_run(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    root = Path(operators.__file__).parents[1]
+    words = ["-q", "-p", "no:cacheprovider", "--benchmark-disable", "-k", "cyclic_shift"]
+    command = [sys.executable, "-m", "pytest", *words, "bench/test_micro.py"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    # Both directions of the reference and of the kernels, which may have a reason not to run.
+    assert re.search(r"4 passed|2 passed, 2 skipped|2 skipped, 2 passed", done.stdout)

@@ -16,6 +16,7 @@ HEADER = {
     "torch": "2.11",
     "driver": "580",
     "commit": "0123456789ab",
+    "date": "2026-01-02",
 }
 PLACE = {
     **{"bench": "attention", "preset": "full", "model": "swin_t", "window": [8, 7, 7]},
@@ -68,14 +69,38 @@ def test_nothing_is_bold_where_the_difference_is_noise(tmp_path):
 
 
 def test_small_rows_never_enter_the_page_and_later_rows_replace_earlier_ones(tmp_path):
-    later = row("cuda", 2.0, commit="ba9876543210")
-    rows = [row("cuda", 1.0), row("cuda", 0.5, preset="small"), row("sdpa", 9.0), later]
-    text = written(tmp_path, rows)
+    later = row("cuda", 2.0, commit="ba9876543210", date="2026-01-03")
+    small = row("cuda", 0.5, preset="small", date="2026-01-04")
+    text = written(tmp_path, [later, row("cuda", 1.0), small, row("sdpa", 9.0)])
     head, line = lines_of(text)
     assert head.split(" | ")[3:5] == ["cuda", "sdpa"]
-    assert line.split(" | ")[3:5] == ["**2.00** ±1.0%", "9.00 ±1.0%"]
+    # Nothing is bold: they were not measured together.
+    assert line.split(" | ")[3:5] == ["2.00 ±1.0%", "9.00 ±1.0%"]
     # Both commits are of rows of this table.
     assert "commit ba9876543210, 0123456789ab" in text
+
+
+def test_a_row_of_unknown_size_is_no_row_of_the_page(tmp_path):
+    unknown = {name: item for name, item in row("cuda", 1.0).items() if name != "preset"}
+    with pytest.raises(ValueError, match=r"a_card\.jsonl: line 2 names no preset"):
+        written(tmp_path, [row("cuda", 1.0), unknown])
+
+
+def test_memory_has_no_noise(tmp_path):
+    of_step = {"bench": "step", "precision": "bfloat16", "mode": "eager", "frames": 32}
+    rows = [
+        row(provider, 1.0, peak_mb=size, **of_step)
+        for provider, size in (("fused", 100.0), ("reference", 100.5))
+    ]
+    assert "**100**" in written(tmp_path, rows)
+
+
+def test_operators_in_other_windows_have_a_table_of_their_own(tmp_path):
+    place = {"bench": "operators", "operator": "window_partition"}
+    rows = [row("cuda", 1.0, **place), row("cuda", 2.0, window=[16, 7, 7], **place)]
+    text = written(tmp_path, rows)
+    assert "window 8x7x7" in text
+    assert "window 16x7x7" in text
 
 
 def test_dtypes_and_states_of_the_allocator_have_tables_of_their_own(tmp_path):
