@@ -9,6 +9,10 @@ from collections import Counter
 
 # cuBLAS reads this once, when CUDA starts, and deterministic algorithms need it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# A process beside others has a core to itself, and so have its children: threads of one that wait
+# for each other would take it from the others.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -21,9 +25,7 @@ from http_suite import running_server
 from model.weights import download
 from videoswin_kernels import extension, selection
 
-# A process beside others has a core to itself.
-BESIDE_OTHERS = "PYTEST_XDIST_WORKER" in os.environ
-torch.set_num_threads(min(1 if BESIDE_OTHERS else 2, torch.get_num_threads()))
+torch.set_num_threads(min(2, torch.get_num_threads()))
 
 seconds = Counter()
 
