@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ import torch
 
 import train.data
 from bench.harness import Rows, attempt, header
-from bench.timing import Timing
+from bench.timing import Timing, in_rounds
 from train.data import DataSettings, EpochBatches, VideoDataset, build_loader, read_list
 from train.synthetic import write_dataset
 from train.video import Video
@@ -167,17 +166,13 @@ def compare(root: Path, key: dict, readers: Sequence[str], preset: Preset) -> It
 
     found = {reader: attempt(partial(make, reader), torch.device("cpu")) for reader in readers}
     functions = {reader: function for reader, (function, _) in found.items() if function}
-    entries = [(reader, entry) for entry in range(2) for reader in functions]
-    samples, order = {entry: [] for entry in entries}, random.Random(0)
-    for _ in range(preset.rounds):
-        order.shuffle(entries)
-        for entry in entries:
-            samples[entry].append(functions[entry[0]]())
+    rounds = preset.rounds
+    samples = in_rounds(functions, lambda reader: functions[reader](), lambda count: count < rounds)
     for reader, (function, items) in found.items():
         items.pop("fault", None)
         row = {"reader": reader, **items}
         if function:
-            timing = Timing.of(samples[reader, 0], samples[reader, 1])
+            timing = Timing.of(*samples[reader])
             row |= {**timing.items, "clips_per_s": 1e3 / timing.median}
         yield row
 

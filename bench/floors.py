@@ -220,9 +220,12 @@ def _triton_exp_rate(device: torch.device, seconds: float) -> tuple[float, str]:
     """(exponentials a second, in words how they were found)."""
     try:
         from bench.ceilings import triton_exp2
-    except ImportError:
-        return _special_function_rate(device), "exp counted"
-    function, count, _ = triton_exp2(device)
+
+        function, count, _ = triton_exp2(device)
+    except (ImportError, RuntimeError) as fault:
+        # Rows are worth more than their floor; they say what it is of.
+        said = f"exp counted, as {type(fault).__name__}: {fault}".splitlines()[0]
+        return _special_function_rate(device), said
     timing = measure({"exp": function}, device, seconds=seconds)["exp"]
     return count * 1e3 / timing.low, "exp2 in Triton"
 

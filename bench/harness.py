@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import os
-import random
 import time
 from collections.abc import Callable, Mapping
 from itertools import accumulate
@@ -20,6 +19,7 @@ from bench.machine import clocks as clocks
 from bench.machine import header as header
 from bench.rows import Rows as Rows
 from bench.timing import Timing as Timing
+from bench.timing import in_rounds
 from videoswin_kernels.selection import UnavailableError
 
 # Calls before the first that counts: on a GPU as many as 0.5 s take, so that clocks have risen.
@@ -102,12 +102,10 @@ def measure(
 ) -> dict[str, Timing]:
     """How long each function takes, all of them under the same conditions.
 
-    Each is entered twice (bench/timing.py says why), and all entries are called in rounds, each in
-    an order of its own: clocks that drift and what the one before leaves behind meet all of them.
-    On a GPU the time is that
-    between two device events, from caches without their data, and without the time that the host
-    needs to launch (unless that is more than some milliseconds, or the function waits for the
-    device). On a CPU it is what the clock says.
+    Each is entered twice, and all entries are called in shuffled rounds (bench/timing.py). On a GPU
+    the time is that between two device events, from caches without their data, and without the time
+    that the host needs to launch (unless the launches outgrow a queue, or the function waits for
+    the device). On a CPU it is what the clock says.
 
     Args:
         functions: name -> what is timed; what it returns is dropped.
@@ -127,17 +125,14 @@ def measure(
         for function in functions.values():
             timer.warm(function)
         calls += 1
-    entries = [(name, entry) for entry in range(2) for name in functions]
-    samples = {entry: [] for entry in entries}
-    began, order = clock(), random.Random(0)
-    while (count := len(samples[entries[0]])) < most:
-        if count >= least and clock() - began >= seconds:
-            break
-        order.shuffle(entries)
-        for entry in entries:
-            samples[entry].append(timer.time(functions[entry[0]]))
+    began = clock()
+    samples = in_rounds(
+        functions,
+        lambda name: timer.time(functions[name]),
+        lambda count: count < most and (count < least or clock() - began < seconds),
+    )
     return {
-        name: Timing.of(samples[name, 0], samples[name, 1], timer.launch_ms.get(function))
+        name: Timing.of(*samples[name], timer.launch_ms.get(function))
         for name, function in functions.items()
     }
 

@@ -44,7 +44,7 @@ class Table(NamedTuple):
         lines: items that name a line, in the order of columns.
         provider: the item that names a column of numbers.
         value: the item in the cells, with its unit.
-        best: min or max of a line is bold.
+        is_more_better: whether the largest of a line is bold, or the smallest.
         has_plot: whether a plot is drawn of it.
     """
 
@@ -54,7 +54,7 @@ class Table(NamedTuple):
     lines: tuple[str, ...]
     provider: str = "provider"
     value: tuple[str, str] = ("ms", "ms")
-    best: object = min
+    is_more_better: bool = False
     has_plot: bool = True
 
     @property
@@ -100,10 +100,9 @@ TABLES = (
         "Clips that fit at once",
         OF_MODEL,
         MODEL_LINES[:3],
-        "provider",
-        ("most_clips", "clips"),
-        max,
-        False,
+        value=("most_clips", "clips"),
+        is_more_better=True,
+        has_plot=False,
     ),
     Table("step", "Training steps", OF_MODEL, (*MODEL_LINES, "accumulate")),
     Table(
@@ -119,10 +118,10 @@ TABLES = (
         "Reading videos",
         (),
         ("video", "batch", "workers"),
-        "reader",
-        ("clips_per_s", "clips/s"),
-        max,
-        False,
+        provider="reader",
+        value=("clips_per_s", "clips/s"),
+        is_more_better=True,
+        has_plot=False,
     ),
 )
 
@@ -198,9 +197,8 @@ def text_of(row: dict, table: Table, notes: list[str], is_best: bool) -> str:
 def best_of(members: Sequence[dict], table: Table) -> dict | None:
     """The row of a line that is ahead of all others, measured together, by more than is noise."""
     name = table.value[0]
-    known = sorted((row for row in members if row.get(name) is not None), key=lambda r: r[name])
-    if table.best is max:
-        known.reverse()
+    known = [row for row in members if row.get(name) is not None]
+    known.sort(key=lambda row: row[name], reverse=table.is_more_better)
     # A run has one date: that of its beginning.
     if len(known) < 2 or len({row["date"] for row in known}) > 1:
         return None
@@ -274,7 +272,7 @@ def page(rows: Sequence[dict], plots: Path) -> str:
                 named = zip((*table.apart, "allocator"), items, strict=True)
                 said = ", ".join(f"{name} {shown(name, item)}" for name, item in named if item)
                 parts += [f"### {table.title}: {said}", captioned(chosen), render(table, chosen)]
-                if table.has_plot:
+                if table.has_plot and any("ms" in row for row in chosen):
                     file = plots / f"{number}_{place}_{part}.png"
                     plot(chosen, table.lines, table.provider, file, f"{table.title}: {said}")
                     parts.append(f"![{table.title}: {said}]({plots.name}/{file.name})")
@@ -287,7 +285,10 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "performance.md")
     options = parser.parse_args(words)
-    rows = read(options.results)
+    try:
+        rows = read(options.results)
+    except ValueError as error:
+        parser.error(str(error))
     if not rows:
         parser.error(f"--results: {options.results} has no rows of {' or '.join(PUBLISHED)}")
     plots = options.output.with_suffix("")

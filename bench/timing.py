@@ -7,7 +7,8 @@ half the width of that interval is none that the bench can see.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
 from math import comb
 from typing import NamedTuple
 
@@ -59,6 +60,29 @@ class Timing(NamedTuple):
         timed = dict(ms=self.median, low=self.low, high=self.high, count=self.count, spread=spread)
         noise = {"aa_ratio": self.ratio, "noise_percent": self.noise_percent}
         return {**timed, **noise, "launch_ms": self.launch_ms}
+
+
+def in_rounds(
+    names: Iterable[str], take: Callable[[str], float], goes_on: Callable[[int], bool]
+) -> dict[str, tuple[list[float], list[float]]]:
+    """The times of each name's two entries, one of each from every round.
+
+    Rounds are shuffled: clocks that drift, and what the one before leaves behind, meet all of them.
+
+    Args:
+        names: what is timed.
+        take: milliseconds of one repetition.
+        goes_on: whether there is another round, after so many.
+    """
+    samples = {name: ([], []) for name in names}
+    entries = [(name, entry) for entry in range(2) for name in samples]
+    order, count = random.Random(0), 0
+    while entries and goes_on(count):
+        order.shuffle(entries)
+        for name, entry in entries:
+            samples[name][entry].append(take(name))
+        count += 1
+    return samples
 
 
 def interval_of_median(values: Sequence[float]) -> tuple[float, float] | None:

@@ -103,6 +103,15 @@ def deterministic():
 
 
 @pytest.fixture
+def one_thread():
+    """For what is small: threads that wait for each other take seconds where other programs run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def control():
     """Sets how the emulator runs; as it was, afterwards."""
     if extension.why_not("_emulated") is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bench_suite import HEADER, rows_of
 from operator_suite import random
 
 from bench import harness, machine
@@ -17,7 +18,6 @@ from bench.harness import Rows, error, gate, largest, measure
 from bench.timing import interval_of_median
 
 ROOT = Path(__file__).parents[1]
-HEADER = {"card": "a card", "commit": "a commit", "allocator": "default", "clocks": {"sm": 1980}}
 
 
 class FakeClock:
@@ -219,7 +219,7 @@ def test_rows_continue_an_interrupted_run(tmp_path):
     assert not rows.has({"stage": 2})
     assert not rows.has({"stage": 1, "unheard of": None, "ms": 2})
     rows.append({"stage": 2})
-    assert [json.loads(line)["stage"] for line in path.read_text().splitlines()] == [1, 2]
+    assert [row["stage"] for row in rows_of(path)] == [1, 2]
     assert Rows(path, HEADER).find({"stage": 1})["clocks"] == {"sm": 1980}
 
 

@@ -1,7 +1,6 @@
 """bench/attention.py: its peers, its gate, and the script as a user runs it."""
 
 import importlib.util
-import json
 import os
 import re
 import subprocess
@@ -10,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_suite import MACHINE, know_the_machine, rows_of
 from operator_suite import random
 
 from bench import (
-    allocators,
     attention,
     attention_options,
     attention_providers,
-    floors,
     machine,
 )
 from bench.attention_compiled import compiled, flex
@@ -29,12 +27,7 @@ from videoswin_kernels.selection import UnavailableError
 from videoswin_kernels.testing import ATTENTION, Stage
 
 ROOT = Path(__file__).parents[1]
-HEADER = {"card": "a card", "commit": "a commit", "allocator": "default", "clocks": {"sm": 1980}}
-# Pooling would outlive the test in this process.
-TINY = (
-    *("--device", "cpu", "--allocator", "default"),
-    *("--preset", "tiny", "--window", "2,3,3", "--stage", "1"),
-)
+TINY = (*MACHINE, "--preset", "tiny", "--window", "2,3,3", "--stage", "1")
 
 
 @pytest.mark.parametrize("case", ATTENTION.values(), ids=ATTENTION)
@@ -131,10 +124,10 @@ def test_what_was_left_out_is_measured_once_it_is_named(quick, monkeypatch, tmp_
     monkeypatch.setattr(attention_options, "MAKERS", {"eager": eager, "flex": eager})
     assert attention.main(words) == 0
     assert attention.main(words) == 0
-    rows = [row for row in map(json.loads, path.read_text().splitlines()) if "provider" in row]
+    rows = rows_of(path, "attention")
     assert [(row["provider"], "ms" in row) for row in rows] == [("eager", True), ("flex", False)]
     assert attention.main((*words, "--providers", "eager,flex")) == 0
-    *_, last = map(json.loads, path.read_text().splitlines())
+    last = rows_of(path)[-1]
     assert last["provider"] == "flex"
     assert last["ms"] > 0
 
@@ -162,15 +155,8 @@ def test_what_is_wrong_at_the_size_that_is_timed_alone_is_seen(quick, monkeypatc
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Takes ceilings and machine as known: to measure takes a second, and sources may change."""
-    monkeypatch.setattr(floors, "measure_ceilings", lambda *_, **__: floors.H200)
-    monkeypatch.setattr(allocators, "header", lambda device: HEADER)
-    # Two threads that wait for each other take seconds where other programs run.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def quick(monkeypatch, one_thread):
+    know_the_machine(monkeypatch)
 
 
 def scaled_output(problem, trains_table):
@@ -218,7 +204,7 @@ def test_a_wrong_provider_has_no_time(
     path = tmp_path / "rows.jsonl"
     options = ("--direction", direction, "--shifted", "yes", "--json", str(path))
     assert attention.main((*TINY, *options, "--providers", "eager,sdpa")) == 1
-    rows = {row.get("provider"): row for row in map(json.loads, path.read_text().splitlines())}
+    rows = {row["provider"]: row for row in rows_of(path, "attention")}
     assert "ms" in rows["eager"]
     assert not {"ms", "spread", "tflops", "times_eager"} & set(rows["sdpa"])
     table = capsys.readouterr().out
@@ -236,7 +222,7 @@ def test_a_broken_device_ends_the_run_and_leaves_a_row(quick, monkeypatch, tmp_p
     path = tmp_path / "rows.jsonl"
     with pytest.raises(torch.AcceleratorError, match="illegal"):
         attention.main((*TINY, "--json", str(path), "--providers", "eager,sdpa,reference"))
-    last = json.loads(path.read_text().splitlines()[-1])
+    last = rows_of(path)[-1]
     assert last["failed"] == "AcceleratorError: illegal memory access"
 
 
@@ -307,7 +293,7 @@ def test_the_script_has_a_line_for_every_provider_in_both_states(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = rows_of(path)
     count = 1 + len(attention_providers.MAKERS)
     assert [row["allocator"] for row in rows] == ["default"] * count + ["pooled"] * count
     assert rows[0]["bench"] == rows[count]["bench"] == "ceilings"

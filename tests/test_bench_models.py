@@ -1,11 +1,11 @@
 """bench/whole_model.py and bench/train_step.py on a CPU, and the judge of whole models."""
 
 import functools
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from bench_suite import MACHINE, rows_of
 
 from bench import model_options, train_step, whole_model
 from bench.attention_options import parse, settings
@@ -16,21 +16,7 @@ from videoswin_kernels import extension
 from videoswin_kernels.testing import PRODUCTION, Case
 
 CPU = torch.device("cpu")
-# Pooling would outlive the test in this process.
-MACHINE = ("--device", "cpu", "--allocator", "default")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads that wait for each other take seconds where other programs run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("script", [whole_model, train_step])

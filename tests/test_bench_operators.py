@@ -1,7 +1,6 @@
 """bench/operators.py: its calls, bytes and gate, and the rows that it leaves."""
 
 import importlib
-import json
 import re
 import subprocess
 import sys
@@ -9,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_suite import MACHINE, know_the_machine, rows_of
 
 import videoswin_kernels
-from bench import allocators, floors, operators
+from bench import floors, operators
 from bench.operator_problems import random_problem, wrong
 from bench.operators import MEASURED
 from videoswin_kernels import extension
@@ -21,28 +21,16 @@ from videoswin_kernels.testing import Case, Stage
 CPU = torch.device("cpu")
 # Padded on each axis, and shifted.
 STAGE = Stage(Case((3, 5, 5), (2, 3, 3), (1, 1, 1)), 8, 2)
-TINY = ("--device", "cpu", "--allocator", "default", "--preset", "tiny")
-HEADER = {"card": "a card", "commit": "a commit", "allocator": "default"}
+TINY = (*MACHINE, "--preset", "tiny")
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Takes ceilings and machine as known; one thread, as more wait for each other."""
-    monkeypatch.setattr(floors, "measure_ceilings", lambda *_, **__: floors.H200)
-    monkeypatch.setattr(allocators, "header", lambda device: HEADER)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def quick(monkeypatch, one_thread):
+    know_the_machine(monkeypatch)
 
 
 def problem_of(operator, dtype=torch.float32):
     return random_problem(operator, STAGE, 2, dtype, CPU)
-
-
-def rows_of(path):
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [row for row in rows if row["bench"] == "operators"]
 
 
 def test_each_operator_has_rows_at_each_stage_that_it_is_of(tmp_path, capsys):
@@ -52,7 +40,7 @@ def test_each_operator_has_rows_at_each_stage_that_it_is_of(tmp_path, capsys):
     assert "38 settings are left after 0.0 minutes" in capsys.readouterr().err
     words += ("--stage", "4", "--operators", "residual_norm", "patch_merging", "window_reverse")
     assert operators.main(words) == 0
-    rows = rows_of(path)
+    rows = rows_of(path, "operators")
     asked = {(row["operator"], row["direction"]) for row in rows}
     directions = ("forward", "forward+backward")
     both = ("residual_norm", "window_reverse")
@@ -73,7 +61,7 @@ def test_each_operator_has_rows_at_each_stage_that_it_is_of(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("allocator  operator")
     # Called again, it measures nothing.
     assert operators.main(words) == 0
-    assert len(rows_of(path)) == len(rows)
+    assert len(rows_of(path, "operators")) == len(rows)
 
 
 @pytest.mark.parametrize("operator", MEASURED)
@@ -127,10 +115,12 @@ def test_a_wrong_provider_has_no_time(monkeypatch, tmp_path):
     path = tmp_path / "rows.jsonl"
     words = ("--stage", "1", "--operators", "cyclic_shift", "--providers", "reference")
     assert operators.main((*TINY, *words, "--json", str(path))) == 1
-    assert [("ms" in row, row["wrong"]) for row in rows_of(path)] == [(False, "it is off")] * 2
+    assert [("ms" in row, row["wrong"]) for row in rows_of(path, "operators")] == [
+        (False, "it is off")
+    ] * 2
     # Neither does it pass when the run continues, where nothing is left to measure.
     assert operators.main((*TINY, *words, "--json", str(path))) == 1
-    assert len(rows_of(path)) == 2
+    assert len(rows_of(path, "operators")) == 2
 
 
 @pytest.mark.parametrize("operator", MEASURED)

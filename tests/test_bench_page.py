@@ -80,10 +80,17 @@ def test_small_rows_never_enter_the_page_and_later_rows_replace_earlier_ones(tmp
     assert "commit ba9876543210, 0123456789ab" in text
 
 
-def test_a_row_of_unknown_size_is_no_row_of_the_page(tmp_path):
+def test_a_row_of_unknown_size_is_no_row_of_the_page(tmp_path, capsys):
     unknown = {name: item for name, item in row("cuda", 1.0).items() if name != "preset"}
-    with pytest.raises(ValueError, match=r"a_card\.jsonl: line 2 names no preset"):
+    with pytest.raises(SystemExit):
         written(tmp_path, [row("cuda", 1.0), unknown])
+    assert "a_card.jsonl: line 2 names no preset; measure it again" in capsys.readouterr().err
+
+
+def test_where_nobody_could_run_there_is_nothing_to_plot(tmp_path):
+    text = written(tmp_path, [row("cuda", reason="no GPU"), row("cpu", reason="no vectors")])
+    assert lines_of(text)[1] == "| 1 | yes | forward | [1] | [2] |"
+    assert not list((tmp_path / "docs" / "performance").iterdir())
 
 
 def test_memory_has_no_noise(tmp_path):

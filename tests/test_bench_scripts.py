@@ -10,6 +10,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from bench_suite import rows_of
 
 pytest.importorskip("triton", minversion="3.6")
 
@@ -21,28 +22,16 @@ from bench.intrinsic_checks import CHECKS
 from videoswin_kernels import extension
 
 CPU = torch.device("cpu")
-# Pooling would outlive the test in this process.
-MACHINE = ("--device", "cpu", "--allocator", "default")
 
 # An operator of the kernels' own, which no other test changes.
 CONFIGURATION = "attention.configuration"
 
 
 @pytest.fixture(autouse=True)
-def providers():
-    """What becomes a provider here, as variants do, is none in the tests of other files.
-
-    One thread: two that wait for each other take seconds where other programs run.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def providers(one_thread):
+    """What becomes a provider here, as variants do, is none in the tests of other files."""
     with patch.dict(MAKERS):
         yield
-    torch.set_num_threads(threads)
-
-
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_ceilings_of_a_cpu(tmp_path, capsys):

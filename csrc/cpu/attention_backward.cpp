@@ -122,9 +122,11 @@ class Chunk {
     }
     for (int64_t e = 0; has_keys_ && e < call_.head_width; e += tile) {
       Real *const values = grad_values_ + own + e, *const keys = grad_keys_ + own + e;
-      multiply<Real>({values, values, width, scores_, 1, plan_.keys, grad_out_ + e, width, rows},
-                     call_.tokens);
-      multiply<Real>({keys, keys, width, grads_, 1, plan_.keys, queries_ + e, width, rows},
+      // They add: what earlier blocks gave stays, however many rows this one has.
+      multiply<Real>(
+          {values, nullptr, width, scores_, 1, plan_.keys, grad_out_ + e, width, rows, true},
+          call_.tokens);
+      multiply<Real>({keys, nullptr, width, grads_, 1, plan_.keys, queries_ + e, width, rows, true},
                      call_.tokens);
     }
     if (!gradients_.grad_qkv) return;

@@ -6,8 +6,7 @@
 
 namespace videoswin::cpu::VIDEOSWIN_LEVEL {
 
-// Sums of more terms are sums of sums of so many: what a chain of roundings is off by grows with
-// it.
+// Sums of more terms are sums of sums of so many: a chain of roundings is off by more, the longer.
 constexpr int64_t CHAIN = 64;
 
 // out[m, n] = start[m, n] + sum over k of left[m, k] * right[k, n], for n of one tile.
