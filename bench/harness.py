@@ -213,16 +213,21 @@ def peak_memory(function: Callable[[], object], device: torch.device | str) -> i
     and what the call frees of those held before makes no room.
     """
     device = torch.device(device)
-    gc.collect()
     if device.type != "cuda":
         # It logs its beginning and end of each call, in lines above any level that has a name.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            function()
+            # What others left in cycles, and is freed now, would count for less of this call.
+            gc.disable()
+            try:
+                function()
+            finally:
+                gc.enable()
         events = profiled.profiler.kineto_results.events()
         changes = [event for event in events if event.name() == "[memory]"]
         changes.sort(key=lambda event: event.start_ns())
         return max(accumulate((change.nbytes() for change in changes), initial=0))
+    gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

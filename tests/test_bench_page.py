@@ -1,6 +1,7 @@
 """docs/performance.md: what the rows say is what the page says, and nothing else is."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,7 @@ pytest.importorskip("matplotlib")
 
 from bench import page
 
+DOCS = Path(__file__).parents[1] / "docs"
 HEADER = {
     "card": "a card",
     "device": "cuda",
@@ -42,6 +44,17 @@ def written(tmp_path, rows):
 
 def lines_of(text):
     return [line for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_the_page_is_that_of_the_results(tmp_path):
+    plots = tmp_path / "performance"
+    plots.mkdir()
+    text = page.page(page.read(page.ROOT / "bench" / "results"), plots)
+    assert text == (DOCS / "performance.md").read_text(encoding="utf-8")
+    names, expected = (
+        {file.name for file in folder.iterdir()} for folder in (plots, DOCS / plots.name)
+    )
+    assert names == expected
 
 
 def test_a_line_has_every_provider_the_lost_ones_and_those_that_cannot_run(tmp_path):
