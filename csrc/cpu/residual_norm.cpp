@@ -21,6 +21,8 @@ void run(const Norm& norm, const Residual& call, const Workers& workers) {
     const int64_t end = (chunk + 1) * norm.rows / chunks;
     for (int64_t number = chunk * norm.rows / chunks; number < end; ++number) {
       const int64_t start = number * width;
+      fetch(call.x, start + 2 * width, width);
+      fetch(call.branch, start + 2 * width, width);
       widen(sum, call.x, start, width);
       widen(branch, call.branch, start, width);
       if (call.branch_scale.data)
@@ -44,6 +46,9 @@ void run_backward(const Norm& norm, const ResidualGradients& call, const AffineG
     const int64_t start = number * width;
     Real* const grad = row.row();
     if (call.grad_norm.data) {
+      fetch(call.total, start + 2 * width, width);
+      fetch(call.grad_norm, start + 2 * width, width);
+      if (call.grad_total.data) fetch(call.grad_total, start + 2 * width, width);
       widen(grad, call.total, start, width);
       widen(row.result(), call.grad_norm, start, width);
       row.differentiate(number, needs_row, affine.partial != nullptr);
