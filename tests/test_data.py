@@ -154,6 +154,17 @@ def test_going_on_at_any_step_gives_the_rest_of_the_run(step):
     assert len(rest) == len(whole[step:])
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_all_processes_together_have_each_clip_of_a_step_once(world):
+    """Also where a step has fewer clips than there are processes."""
+    whole = EpochBatches(9, 4, seed=5, epochs=2, first_step=1)
+    shares = [EpochBatches(9, 4, 5, 2, 1, rank, world) for rank in range(world)]
+    for step, (batch, *parts) in enumerate(zip(whole, *shares, strict=True), 1):
+        assert sorted(key for part in parts for key in part) == sorted(batch)
+        assert {share.share_of(step) for share in shares} == {max(map(len, parts))}
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
 def test_a_pass_in_order_has_every_video_once():
     assert ordered_batches(5, 2) == [[(0, 0), (0, 1)], [(0, 2), (0, 3)], [(0, 4)]]
 

@@ -1,6 +1,7 @@
 """The optimiser: which parameter gets which rate and decay, and the rate over time."""
 
 from dataclasses import replace
+from math import cos, isfinite, pi
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from model import create
 from train.optim import (
     OptimSettings,
     build_optimizer,
+    clip_gradients,
     learning_rate_factor,
     name_factors,
     set_learning_rate,
@@ -100,6 +102,48 @@ def test_the_longest_key_in_a_name_counts_alone():
     assert name_factors("backbone.absolute_pos_embed", 0.1) == (1.0, 0.0)
     assert name_factors("cls_head.fc_cls.bias", 0.1) == (1.0, 1.0)
     assert name_factors("backbone.patch_embed.proj.bias", 0.5) == (0.5, 1.0)
+
+
+def test_mmaction2_s_groups_multiply_what_a_name_contains(model):
+    """Tables at the backbone's rate, norms without decay: another optimiser than upstream's."""
+    optimizer = build_optimizer(model, replace(SETTINGS, groups="mmaction2"))
+    found = {
+        id(parameter): (group["lr_factor"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    for name, parameter in model.named_parameters():
+        rate = 1.0 if name.startswith("cls_head.") else 0.1
+        decays = not (name.endswith("relative_position_bias_table") or "norm" in name)
+        assert found[id(parameter)] == (rate, 0.02 * decays), name
+    assert len(optimizer.param_groups) == 3
+
+
+def test_the_other_cosine_moves_at_every_step():
+    settings = replace(SETTINGS, schedule="cosine", warmup_epochs=0)
+    factors = [learning_rate_factor(step, 10, 8, settings) for step in range(80)]
+    assert factors == pytest.approx([0.5 * (1 + cos(pi * step / 80)) for step in range(80)])
+    assert len(set(factors)) == 80
+
+
+def test_long_gradients_are_cut_to_a_length_and_short_ones_are_not():
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 4, 5)]
+    parameters[0].grad, parameters[1].grad = torch.full((3,), 2.0), torch.full((4,), -1.0)
+    assert clip_gradients(parameters, 0) == pytest.approx(4.0)
+    assert clip_gradients(parameters, 5.0) == pytest.approx(4.0)
+    assert parameters[0].grad.tolist() == [2.0] * 3
+    assert clip_gradients(parameters, 1.0) == pytest.approx(4.0)
+    assert parameters[0].grad.tolist() == pytest.approx([0.5] * 3)
+    assert parameters[1].grad.tolist() == pytest.approx([-0.25] * 4)
+    assert parameters[2].grad is None
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_gradients_that_are_no_numbers_have_no_length_and_stay(number):
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([1.0, number])
+    assert not isfinite(clip_gradients([parameter], 0.1))
+    assert parameter.grad[0] == 1
 
 
 @pytest.mark.parametrize(

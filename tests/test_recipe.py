@@ -9,13 +9,13 @@ pytest.importorskip("tyro")
 
 from train.recipe import (
     FREE_FIELDS,
-    RECIPES,
     Recipe,
     differences,
     from_dict,
     resolve_recipe,
     to_dict,
 )
+from train.recipes import RECIPES
 
 # Upstream's settings, which nobody tunes.
 PLAIN = Recipe()

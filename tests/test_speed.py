@@ -7,7 +7,7 @@ import pytest
 import train_suite as suite
 
 from train import speed
-from train.recipe import RECIPES
+from train.recipes import RECIPES
 from videoswin_kernels import extension
 from videoswin_kernels.selection import UnavailableError
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.data import FRAME_ORDERS, read_list
 from train.evaluate import Evaluation
-from train.recipe import RECIPES
+from train.recipes import RECIPES
 from train.synthetic import CLASSES, OPPOSITE
 
 REASONS = ("the file is truncated", "not a video decord", "the file is empty", "no such file")

@@ -1,5 +1,6 @@
 """What a run, an evaluation or a list refuses, each in one sentence, before anything is lost."""
 
+import itertools
 import json
 import re
 import shutil
@@ -13,7 +14,8 @@ import pytest
 import torch
 import train_suite as suite
 
-from train import loop
+from train import loop, step
+from train.checkpoint import load_checkpoint
 from train.data import ListError, read_class_names, read_list
 from train.optim import OptimSettings
 from train.recipe import ModelSettings, to_dict
@@ -55,6 +57,8 @@ def sentence(capsys):
         (OptimSettings, {"lr": float("nan")}),
         (OptimSettings, {"betas": (0.9, 1.0)}),
         (OptimSettings, {"warmup_epochs": -1}),
+        (OptimSettings, {"clip_norm": -1.0}),
+        (OptimSettings, {"label_smoothing": 1.0}),
     ],
 )
 def test_settings_refuse_values_no_run_could_use(kind, values):
@@ -78,17 +82,51 @@ def test_three_crops_need_the_short_side_of_the_crop(recipe):
         suite.changed(recipe, data={"test_crops": 3, "test_short_side": 32})
 
 
-# A checkpoint may be due where no report is.
-@pytest.mark.parametrize("report_every", [1, 100])
-def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(
-    recipe, tmp_path, monkeypatch, capsys, report_every
+def spoiled(monkeypatch, steps):
+    """Makes the losses of these steps no numbers."""
+    plain = step.F.cross_entropy
+    counts = itertools.count()
+
+    def cross_entropy(*arguments, **options):
+        return plain(*arguments, **options) * (float("nan") if next(counts) in steps else 1.0)
+
+    monkeypatch.setattr(step.F, "cross_entropy", cross_entropy)
+
+
+def test_losses_that_stay_no_numbers_end_the_run_with_good_weights(
+    recipe, tmp_path, monkeypatch, capsys
 ):
-    recipe = suite.changed(recipe, loop={"report_every": report_every, "checkpoint_every": 1})
-    plain = loop.F.cross_entropy
-    monkeypatch.setattr(loop.F, "cross_entropy", lambda *inputs: plain(*inputs) * float("nan"))
+    recipe = suite.changed(recipe, loop={"checkpoint_every": 1, "most_skipped": 3})
+    spoiled(monkeypatch, {1, 3, 4, 5})
     assert suite.train(recipe, tmp_path / "run") == 1
-    assert sentence(capsys).startswith("the loss is not finite by step 1: a lower optim.lr")
-    assert not (tmp_path / "run" / "last.pt").exists()
+    assert sentence(capsys) == (
+        "the gradients of 3 steps in a row, to step 6, are no finite numbers: a lower optim.lr "
+        "may help; the weights are those before"
+    )
+    last = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert (last["step"], last["skipped"]) == (5, 3)
+    assert all(tensor.isfinite().all() for tensor in last["model"].values())
+
+
+def test_a_step_whose_loss_is_no_number_changes_nothing_and_is_counted(
+    recipe, tmp_path, monkeypatch, capsys
+):
+    recipe = suite.changed(recipe, loop={"checkpoint_every": 1, "keep": 6})
+    spoiled(monkeypatch, {2})
+    assert suite.train(recipe, tmp_path / "run") == 0
+    assert "gradients were no finite numbers: 1" in capsys.readouterr().out
+    lines = [line for line in suite.metrics(tmp_path / "run") if line["kind"] == "train"]
+    assert [line.get("skipped") for line in lines] == [None, None, 1, None, None, None]
+    assert "loss" not in lines[2]
+    before, after, next_one = (
+        load_checkpoint(tmp_path / "run" / f"last-{number}.pt") for number in (4, 3, 2)
+    )
+    assert (before["step"], after["step"]) == (2, 3)
+    suite.assert_same(before["model"], after["model"])
+    suite.assert_same(before["optimizer"]["state"], after["optimizer"]["state"])
+    assert not torch.equal(
+        after["model"]["cls_head.fc_cls.bias"], next_one["model"]["cls_head.fc_cls.bias"]
+    )
 
 
 def test_a_run_without_readable_test_videos_is_refused(recipe, videos, tmp_path, capsys):

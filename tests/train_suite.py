@@ -20,7 +20,8 @@ from train import evaluate, predict
 from train.__main__ import main as train_main
 from train.data import DataSettings
 from train.optim import OptimSettings
-from train.recipe import RECIPES, LoopSettings, ModelSettings, Recipe, differences
+from train.recipe import LoopSettings, ModelSettings, Recipe, differences
+from train.recipes import RECIPES
 from train.synthetic import write_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -112,6 +113,20 @@ def run_predict(checkpoint: Path, *videos: Path | str) -> int:
     return predict.main([*map(str, videos), "--checkpoint", str(checkpoint), *MACHINE])
 
 
+def overrides(recipe: Recipe) -> list[str]:
+    """The words that make a recipe of the demo's."""
+    words = []
+    for difference in differences(RECIPES["demo"], recipe):
+        name = difference.partition(":")[0]
+        part, _, field = name.partition(".")
+        value = getattr(getattr(recipe, part), field)
+        if isinstance(value, bool):
+            words.append(f"--{part}.{'' if value else 'no-'}{field}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+    return words
+
+
 def signalled_train(
     recipe: Recipe, output: Path, step: int, kind: str, *words: str
 ) -> subprocess.CompletedProcess:
@@ -120,27 +135,17 @@ def signalled_train(
 import os, runpy, signal, sys
 from train import loop
 plain = loop.Run._step
-def step(self, batch, meter):
+def step(self, *arguments):
     if self.step == {step}:
         os.killpg(0, signal.{kind})
-    plain(self, batch, meter)
+    return plain(self, *arguments)
 loop.Run._step = step
 sys.argv[0] = "train"
 runpy.run_module("train", run_name="__main__", alter_sys=True)
 """
-    overrides = []
-    for difference in differences(RECIPES["demo"], recipe):
-        name = difference.partition(":")[0]
-        part, _, field = name.partition(".")
-        value = getattr(getattr(recipe, part), field)
-        if isinstance(value, bool):
-            overrides.append(f"--{part}.{'' if value else 'no-'}{field}")
-        else:
-            values = value if isinstance(value, tuple) else [value]
-            overrides += [f"--{name}", *map(str, values)]
     machine = ["--recipe", "demo", "--output", str(output), "--device", "cpu", *words]
     return subprocess.run(
-        [sys.executable, "-c", program, *machine, *overrides],
+        [sys.executable, "-c", program, *machine, *overrides(recipe)],
         cwd=ROOT,
         # As in this process: the order of sums may depend on it.
         env={**os.environ, "OMP_NUM_THREADS": "1"},

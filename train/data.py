@@ -255,16 +255,25 @@ class VideoDataset(Dataset):
 class EpochBatches(Sampler):
     """The keys of each step's batch, from `first_step` to the last step of the last epoch.
 
-    Each epoch is a permutation of its own of all videos; its last batch may be smaller.
+    Each epoch is a permutation of its own of all videos; its last batch may be smaller. Of a batch,
+    the process `rank` of `world` has every `world`-th key: all of them together have each key once,
+    and some have one key fewer than others, or none.
     """
 
     def __init__(
-        self, num_videos: int, batch_size: int, seed: int, epochs: int, first_step: int = 0
+        self,
+        num_videos: int,
+        batch_size: int,
+        seed: int,
+        epochs: int,
+        first_step: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.num_videos, self.batch_size, self.seed = num_videos, batch_size, seed
         self.steps_per_epoch = -(-num_videos // batch_size)
         self.num_steps = self.steps_per_epoch * epochs
-        self.first_step = first_step
+        self.first_step, self.rank, self.world = first_step, rank, world
 
     def __len__(self) -> int:
         return max(self.num_steps - self.first_step, 0)
@@ -277,7 +286,12 @@ class EpochBatches(Sampler):
                 order = stream("epoch", self.seed, epoch).permutation(self.num_videos)
                 order_epoch = epoch
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [(epoch, int(index)) for index in chosen]
+            yield [(epoch, int(index)) for index in chosen[self.rank :: self.world]]
+
+    def share_of(self, step: int) -> int:
+        """How many keys of a step's batch a process has at most."""
+        first = step % self.steps_per_epoch * self.batch_size
+        return -(-min(self.batch_size, self.num_videos - first) // self.world)
 
 
 def collate(samples: list[tuple[Tensor, int] | Broken]) -> Batch:
@@ -309,7 +323,7 @@ def build_loader(
 def _leave_signals_to_the_parent(_worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach workers too; they must serve the step under way.
 
-    A second signal to the parent kills them (`train.loop.stop_on_signals`).
+    A second signal to the parent kills them (`train.signals.stop_on_signals`).
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

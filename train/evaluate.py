@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from train.checkpoint import CheckpointError, load_checkpoint, restore_weights
 from train.data import (
     FRAME_ORDERS,
     Broken,
+    DataSettings,
     ListError,
     VideoDataset,
     broken_summary,
@@ -25,6 +27,8 @@ from train.data import (
     read_list,
 )
 from train.metrics import mean_class_accuracy, top_k_accuracy, video_scores
+from train.parallel import Group
+from train.prefetch import WorkerError, steady
 from train.recipe import (
     Recipe,
     add_machine_options,
@@ -74,23 +78,54 @@ class Evaluation:
         return f"{text} on {len(self.labels)} videos{unread}"
 
 
-@torch.inference_mode()
+# Not inference mode: a model in parts gathers parameters here that training goes on with.
+@torch.no_grad()
 def evaluate(
-    model: nn.Module, dataset: VideoDataset, batch_size: int, device: torch.device
-) -> Evaluation:
-    """The model, in eval mode, on each video of `dataset` once, in the order of the list."""
+    model: nn.Module,
+    dataset: VideoDataset,
+    batch_size: int,
+    device: torch.device,
+    group: Group | None = None,
+    stops: Callable[[], bool] | None = None,
+) -> Evaluation | None:
+    """The model, in eval mode, on each video of `dataset` once, in the order of the list.
+
+    Of a `group` each process takes every so many-th batch, and all have the whole result. `stops`
+    is asked after each batch, and where it says so there is none.
+
+    Raises:
+        WorkerError: data workers die again and again.
+    """
     model.eval()
-    scores, labels, broken = [], [], []
+    group = group or Group(device)
     batches = ordered_batches(len(dataset), batch_size)
-    for batch in build_loader(dataset, batches, device):
-        broken += batch.broken
-        if len(batch.labels):
-            logits = model(normalize(batch.clips.to(device, non_blocking=True)))
-            scores.append(video_scores(logits).cpu())
-            labels.append(batch.labels)
-    if not scores:
+    own, found = batches[group.rank :: group.world], []
+    read = steady(lambda: build_loader(dataset, own[len(found) :], device), device)
+    # A model in parts computes with all processes or with none.
+    for _ in range(-(-len(batches) // group.world)):
+        batch = next(read, None)
+        scores = torch.empty(0, 1)
+        if batch is not None and len(batch.labels):
+            scores = video_scores(model(normalize(batch.clips.to(device)))).cpu()
+        elif group.world > 1:
+            model(normalize(_black_clip(dataset.settings).to(device)))
+        if batch is not None:
+            found.append((scores, batch.labels.cpu(), batch.broken))
+        if stops and stops():
+            return None
+    shares = group.gather(found)
+    parts = [shares[n % group.world][n // group.world] for n in range(len(batches))]
+    some = [(scores, labels) for scores, labels, _ in parts if len(labels)]
+    broken = [each for _, _, unread in parts for each in unread]
+    if not some:
         return Evaluation(torch.empty(0, 1), torch.empty(0, dtype=torch.int64), broken)
+    scores, labels = zip(*some, strict=True)
     return Evaluation(torch.cat(scores), torch.cat(labels), broken)
+
+
+def _black_clip(settings: DataSettings) -> Tensor:
+    """uint8 [1, 3, T, H, W] of zeros."""
+    return torch.zeros(1, 3, settings.clip_len, settings.crop, settings.crop, dtype=torch.uint8)
 
 
 def load_trained(
@@ -157,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
         for order in FRAME_ORDERS if options.frame_orders else ["as filmed"]:
             dataset = VideoDataset(videos, data, frame_order=order)
             results[order] = evaluate(model, dataset, recipe.loop.test_batch_size, device)
-    except (CheckpointError, ListError, UnavailableError) as error:
+    except (CheckpointError, ListError, UnavailableError, WorkerError) as error:
         print(error, file=sys.stderr)
         return 1
     filmed = results["as filmed"]

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import inf, nan
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from model import VideoSwin
 from model.weights.files import write_atomically
-from train.checkpoint import load_checkpoint, restore_weights, save_checkpoint
-from train.curves import draw_curves
+from train.checkpoint import newest_first
 from train.data import (
+    Batch,
     EpochBatches,
     VideoDataset,
     build_loader,
@@ -31,9 +28,23 @@ from train.data import (
     stream,
 )
 from train.evaluate import Evaluation, evaluate
+from train.meter import Meter
 from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
-from train.recipe import FREE_FIELDS, Recipe, build_model, differences, recipe_of, to_dict
-from train.transforms import normalize
+from train.parallel import Group, Parallel, spread
+from train.prefetch import steady
+from train.recipe import (
+    FREE_FIELDS,
+    Recipe,
+    begin_with_weights,
+    build_model,
+    differences,
+    recipe_of,
+    to_dict,
+)
+from train.report import Report
+from train.saving import Checkpoints
+from train.signals import stop_on_signals
+from train.step import Stepper
 
 
 class RunError(RuntimeError):
@@ -41,13 +52,16 @@ class RunError(RuntimeError):
 
 
 class Run:
-    """One training run and its folder: last.pt, best.pt, metrics.jsonl, curves.png, recipe.json.
+    """One training run and its folder: checkpoints, metrics.jsonl, curves.png, recipe.json.
 
     Attributes:
         step: steps done.
         lr: learning rate of the last step, before the factors of the parameter groups.
+        skipped: steps whose gradients were no finite numbers, and which changed nothing.
+        tested: steps done at the last test.
         broken: training videos that could not be read so far, path to reason.
         broken_test: the same of the last test.
+        beginning: a sentence on the weights that the run began with.
     """
 
     def __init__(
@@ -58,39 +72,99 @@ class Run:
         kernels: str = "auto",
         device: str | torch.device = "cpu",
         resume: bool = False,
+        group: Group | None = None,
+        parallel: Parallel = "ddp",
+        compiles: bool = False,
+        has_tensorboard: bool = False,
+        profiled: int = 0,
     ) -> None:
-        """Prepare the run: lists, model, optimiser; with `resume` from `output/last.pt`.
+        """Prepare the run: lists, model, optimiser; with `resume` from its newest checkpoint.
+
+        Args:
+            recipe: what decides its numbers.
+            output: its folder.
+            kernels: which implementation runs the operators.
+            device: of a process alone; that of the `group` otherwise.
+            resume: go on from the run in `output`, if there is one.
+            group: this process's place among others.
+            parallel: how the model is spread over them.
+            compiles: whether torch.compile sees the model.
+            has_tensorboard: whether the reports are written for TensorBoard, too.
+            profiled: steps that torch's profiler records, after two, into trace.json.
 
         Raises:
-            RunError: `output` holds a run and `resume` is off, that run had another recipe, or the
-                recipe describes no model.
+            RunError: `output` holds a run and `resume` is off, that run had another recipe, the
+                recipe describes no model, or has fewer clips in a step than there are processes,
+                or those do not agree on what they are to do.
             ListError: an annotation list that cannot be used.
-            CheckpointError: last.pt cannot be read, or holds another model.
+            CheckpointError: no checkpoint can be read, or it holds another model.
+            WeightsError: the weights to begin with cannot be had, read or used.
             OSError: `output` cannot be made.
         """
-        self.recipe, self.output, self.device = recipe, Path(output), torch.device(device)
+        self.recipe, self.output = recipe, Path(output)
+        self.group = group or Group(torch.device(device))
+        self.device, self.profiled = self.group.device, profiled
         data, loop = recipe.data, recipe.loop
+        if loop.batch_size < self.group.world:
+            raise RunError(
+                f"loop.batch_size must be at least the number of processes {self.group.world}, "
+                f"got {loop.batch_size}"
+            )
+        is_in_parts = parallel == "fsdp" and self.group.world > 1
+        if is_in_parts and loop.precision == "float16":
+            # The scaled loss's check looks at this process's part of the gradients alone.
+            raise RunError("loop.precision=float16 is not for parts (fsdp), bfloat16 is")
         self.classes = read_class_names(Path(data.root, data.class_names))
         videos = read_list(Path(data.root, data.train_list), len(self.classes))
         self.test_videos = read_list(Path(data.root, data.test_list), len(self.classes))
         self.output.mkdir(parents=True, exist_ok=True)
         self.dataset = VideoDataset(videos, data, seed=loop.seed)
+        self.step, self.lr, self.best_top1, self.skipped, self.tested = 0, nan, -inf, 0, 0
+        self.broken: dict[str, str] = {}
+        self.broken_test: dict[str, str] = {}
+        has_begun = bool(newest_first(self.output))
+        self._agree("recipe, videos, --output", has_begun, to_dict(recipe), self.videos_digest)
+        if has_begun and not resume:
+            raise RunError(
+                f"{self.output} already holds a run; --resume continues it, "
+                "another --output starts a new one"
+            )
         torch.manual_seed(loop.seed)
         try:
             self.model: VideoSwin = build_model(recipe.model, len(self.classes), kernels)
+            if not has_begun:
+                self.beginning = begin_with_weights(self.model, recipe.model)
         except ValueError as error:
             raise RunError(str(error)) from error
         self.model.to(self.device)
+        self.module = spread(self.model, parallel, self.group, compiles=compiles)
         self.optimizer = build_optimizer(self.model, recipe.optim)
-        self.step, self.lr, self.best_top1, self.broken = 0, nan, -inf, {}
-        self.broken_test: dict[str, str] = {}
-        if self.last.is_file():
-            if not resume:
-                raise RunError(
-                    f"{self.output} already holds a run; --resume continues it, "
-                    "another --output starts a new one"
-                )
-            self._restore()
+        shape = (3, data.clip_len, data.crop, data.crop)
+        self.stepper = Stepper(self.module, self.optimizer, recipe.optim, loop, shape, self.group)
+        self.checkpoints = Checkpoints(
+            self.output,
+            self.model,
+            self.optimizer,
+            self.group,
+            keep=loop.keep,
+            is_in_parts=is_in_parts,
+        )
+        if has_begun:
+            name, rest = self.checkpoints.restore(self._check)
+            self.beginning = f"goes on from {name}"
+            self._set_counters(rest)
+            self._agree("--output", name, self.step)
+        self.report = Report(
+            self.output,
+            self.step,
+            is_first=self.group.is_first,
+            has_tensorboard=has_tensorboard,
+        )
+
+    def _agree(self, of: str, *items: Any) -> None:
+        """RunError if another process has other items: it would wait for this one for ever."""
+        if any(each != items for each in self.group.gather(items)):
+            raise RunError(f"the processes of the run do not have the same {of}")
 
     @property
     def videos_digest(self) -> str:
@@ -98,94 +172,156 @@ class Run:
         return hashlib.sha256(json.dumps(self.dataset.videos).encode()).hexdigest()
 
     @property
-    def last(self) -> Path:
-        return self.output / "last.pt"
-
-    @property
-    def metrics(self) -> Path:
-        return self.output / "metrics.jsonl"
+    def classes_without_videos(self) -> list[str]:
+        """Names of classes that no training video is of."""
+        labels = {label for _, label in self.dataset.videos}
+        return [name for number, name in enumerate(self.classes) if number not in labels]
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.dataset) // self.recipe.loop.batch_size)
+        return self.batches().steps_per_epoch
 
     @property
     def num_steps(self) -> int:
-        return self.steps_per_epoch * self.recipe.loop.epochs
+        return self.batches().num_steps
+
+    def batches(self) -> EpochBatches:
+        """This process's keys of the steps that are left."""
+        loop, group = self.recipe.loop, self.group
+        number = len(self.dataset)
+        place = (self.step, group.rank, group.world)
+        return EpochBatches(number, loop.batch_size, loop.seed, loop.epochs, *place)
+
+    def __str__(self) -> str:
+        """How many clips a step has, and how they are divided."""
+        clips = self.batches().share_of(0)
+        passes = self.stepper.num_passes(clips)
+        most = min(self.recipe.loop.clips_per_pass or clips, clips)
+        return (
+            f"{min(self.recipe.loop.batch_size, len(self.dataset))} clips a step: at most {most} "
+            f"a pass x {passes} passes x {self.group.world} processes"
+        )
 
     def train(self) -> bool:
-        """Train to the last step; False if a signal ended the run early, after a checkpoint."""
-        recipe = json.dumps(to_dict(self.recipe), indent=2) + "\n"
-        write_atomically(self.output / "recipe.json", lambda file: file.write(recipe.encode()))
-        self._forget_lost_reports()
+        """Train to the last step; False if a signal ended the run early, after a checkpoint.
+
+        Raises:
+            RunError: no video can be read, or too many steps in a row are skipped.
+            WorkerError: data workers die again and again.
+            OSError: a checkpoint cannot be written, but for a full disk until the last one.
+        """
+        if self.group.is_first:
+            recipe = json.dumps(to_dict(self.recipe), indent=2) + "\n"
+            write_atomically(self.output / "recipe.json", lambda file: file.write(recipe.encode()))
         loop = self.recipe.loop
-        batches = EpochBatches(
-            len(self.dataset), loop.batch_size, loop.seed, loop.epochs, self.step
+        bar = tqdm(
+            initial=self.step,
+            total=self.num_steps,
+            unit="step",
+            disable=None if self.group.is_first else True,
         )
-        loader = build_loader(self.dataset, batches, self.device)
-        bar = tqdm(loader, initial=self.step, total=self.num_steps, unit="step", disable=None)
-        meter = Meter()
-        with stop_on_signals() as stop:
-            for batch in bar:
-                self._step(batch, meter)
+        meter, in_a_row = Meter(self.group), 0
+        with stop_on_signals() as stop, self._profiler() as profiler, bar:
+            # A signal may have ended the run before the test of its last epoch.
+            if self._is_test_due and not self._end_epoch(stop):
+                return False
+            for batch, waited in self._batches():
+                taken = self._step(batch, meter, waited)
+                bar.update()
+                if profiler:
+                    profiler.step()
+                in_a_row = in_a_row + 1 if taken and taken.is_skipped else 0
+                if in_a_row == loop.most_skipped:
+                    raise RunError(
+                        f"the gradients of {in_a_row} steps in a row, to step {self.step}, are no "
+                        "finite numbers: a lower optim.lr may help; the weights are those before"
+                    )
                 is_epoch_end = self.step % self.steps_per_epoch == 0
                 if self.step % loop.report_every == 0 or is_epoch_end:
-                    self._refuse_divergence(meter)
                     numbers = meter.take()
                     self._report("train", numbers)
                     bar.set_postfix(numbers)
-                if is_epoch_end:
-                    self._end_epoch()
-                elif stop or (loop.checkpoint_every and self.step % loop.checkpoint_every == 0):
-                    self._refuse_divergence(meter)
-                    self._save(self.last)
-                if stop and self.step < self.num_steps:
-                    return False
-        return True
+                (stops,) = self.group.total(bool(stop))
+                if is_epoch_end and not self._end_epoch(stop):
+                    break
+                is_due = loop.checkpoint_every and self.step % loop.checkpoint_every == 0
+                if not is_epoch_end and (stops or is_due):
+                    self.checkpoints.save_last(self._rest())
+                if stops:
+                    break
+        self.report.close()
+        if failures := self.checkpoints.failures.values():
+            said = "; ".join(failures)
+            raise RunError(f"{said}; the ones before are there to go on from")
+        return self.step == self.num_steps and not self._is_test_due
 
-    def _step(self, batch: Any, meter: Meter) -> None:
+    def _batches(self) -> Iterator[tuple[Batch, float]]:
+        """This process's clips of each step that is left, and the seconds it waited for them."""
+
+        def build() -> DataLoader:
+            return build_loader(self.dataset, self.batches(), self.device)
+
+        found, began = steady(build, self.device), time.monotonic()
+        for batch in found:
+            yield batch, time.monotonic() - began
+            began = time.monotonic()
+
+    def _step(self, batch: Batch, meter: Meter, waited: float) -> Any:
         """One step of the optimiser; without a readable video it counts, and changes nothing."""
         for video in batch.broken:
             self.broken[video.path] = video.reason
+        loop = self.recipe.loop
         # Stochastic depth and dropout are a function of the step, whatever was drawn before: a
         # resumed run draws what the uninterrupted one would have.
-        torch.manual_seed(int(stream("step", self.recipe.loop.seed, self.step).integers(2**32)))
-        settings = self.recipe.optim
-        factor = learning_rate_factor(
-            self.step, self.steps_per_epoch, self.recipe.loop.epochs, settings
-        )
-        self.lr = settings.lr * factor
+        place = ("step", loop.seed, self.step, self.group.rank)
+        torch.manual_seed(int(stream(*place).integers(2**32)))
+        self.lr = self._learning_rate(self.step)
         set_learning_rate(self.optimizer, self.lr)
-        if len(batch.labels):
-            self.model.train()
-            clips = normalize(batch.clips[:, 0].to(self.device, non_blocking=True))
-            labels = batch.labels.to(self.device, non_blocking=True)
-            logits = self.model(clips)
-            loss = F.cross_entropy(logits, labels)
-            loss.backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            meter.add(loss.detach(), logits.detach(), labels)
+        (count,) = map(int, self.group.total(len(batch.labels)))
+        taken = None
+        if count:
+            clips = batch.clips[:, 0] if len(batch.labels) else batch.clips
+            num_passes = self.stepper.num_passes(self.batches().share_of(self.step))
+            taken = self.stepper.step(
+                clips.to(self.device), batch.labels.to(self.device), count, num_passes
+            )
+            self.skipped += taken.is_skipped
+        meter.add(taken, count, waited)
         self.step += 1
+        return taken
 
-    def _refuse_divergence(self, meter: Meter) -> None:
-        """RunError once a loss was no finite number: such weights must not replace good ones."""
-        if not all(loss.isfinite() for loss in meter.losses):
-            raise RunError(f"the loss is not finite by step {self.step}: a lower optim.lr may help")
+    @property
+    def _is_test_due(self) -> bool:
+        """Whether an epoch has ended whose test has not."""
+        epoch, rest = divmod(self.step, self.steps_per_epoch)
+        if not epoch or rest or self.tested == self.step:
+            return False
+        return epoch % self.recipe.loop.evaluate_every == 0 or self.step == self.num_steps
 
-    def _end_epoch(self) -> None:
-        """Save; test where it is due; keep the best; RunError if there was nothing to train on."""
+    def _learning_rate(self, step: int) -> float:
+        """That of a step, before the factors of the parameter groups."""
+        settings, epochs = self.recipe.optim, self.recipe.loop.epochs
+        return settings.lr * learning_rate_factor(step, self.steps_per_epoch, epochs, settings)
+
+    def _end_epoch(self, stop: Sequence[int]) -> bool:
+        """Tests where it is due, keeps the best, saves; False if a signal ended the test early.
+
+        Raises:
+            RunError: there was nothing to train on, or there is nothing to test on.
+        """
+        self._rest()
         if len(self.broken) == len(dict(self.dataset.videos)):
             path, reason = next(iter(self.broken.items()))
             raise RunError(
                 f"none of the {len(self.broken)} training videos could be read, "
                 f"the first being {path}: {reason}"
             )
-        epoch = self.step // self.steps_per_epoch
-        is_due = epoch % self.recipe.loop.evaluate_every == 0 or self.step == self.num_steps
-        if is_due:
-            result = self.evaluate()
-            self.broken_test = dict(result.broken)
+        if self._is_test_due:
+            result = self.evaluate(lambda: any(self.group.total(bool(stop))))
+            if result is None:
+                self.checkpoints.save_last(self._rest())
+                return False
+            self.tested, self.broken_test = self.step, dict(result.broken)
             if not len(result.labels):
                 path, reason = result.broken[0]
                 raise RunError(
@@ -193,116 +329,71 @@ class Run:
                     f"the first being {path}: {reason}"
                 )
             self._report("test", result.numbers())
-            tqdm.write(f"epoch {epoch}: {result}")
-            if result.top1 > self.best_top1:
+            if self.group.is_first:
+                tqdm.write(f"epoch {self.step // self.steps_per_epoch}: {result}")
+            rest = {**self._rest(), "best_top1": result.top1}
+            if result.top1 > self.best_top1 and self.checkpoints.save_best(rest):
                 self.best_top1 = result.top1
-                self._save(self.output / "best.pt")
-            draw_curves(self.metrics, self.output / "curves.png")
-        self._save(self.last)
+            self.report.draw()
+        self.checkpoints.save_last(self._rest())
+        return True
 
-    def evaluate(self, frame_order: str = "as filmed") -> Evaluation:
-        """The model on the test videos."""
-        dataset = VideoDataset(self.test_videos, self.recipe.data, frame_order=frame_order)
-        return evaluate(self.model, dataset, self.recipe.loop.test_batch_size, self.device)
+    def evaluate(self, stops: Callable[[], bool] | None = None) -> Evaluation | None:
+        """The model on the test videos, of which each process has its share.
+
+        None if `stops`, asked after each batch, says so.
+        """
+        dataset = VideoDataset(self.test_videos, self.recipe.data)
+        size = self.recipe.loop.test_batch_size
+        return evaluate(self.module, dataset, size, self.device, self.group, stops)
 
     def _report(self, kind: str, numbers: dict[str, float]) -> None:
-        epoch = self.step / self.steps_per_epoch
-        line = {"kind": kind, "step": self.step, "epoch": epoch, "lr": self.lr}
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps({**line, **numbers}, allow_nan=False) + "\n")
+        self.report.add(kind, self.step, self.step / self.steps_per_epoch, self.lr, numbers)
 
-    def _save(self, path: Path) -> None:
-        save_checkpoint(
-            path,
-            {
-                "model": self.model.state_dict(),
-                "window_size": list(self.model.backbone.window_size),
-                "optimizer": self.optimizer.state_dict(),
-                "recipe": to_dict(self.recipe),
-                "classes": self.classes,
-                "step": self.step,
-                "best_top1": self.best_top1,
-                "broken": self.broken,
-                "videos": self.videos_digest,
-            },
+    def _profiler(self) -> AbstractContextManager[Any]:
+        """torch's profiler over some steps of the first process; otherwise nothing."""
+        if not (self.profiled and self.group.is_first):
+            return nullcontext()
+        path = str(self.output / "trace.json")
+        return torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=1, warmup=1, active=self.profiled, repeat=1),
+            on_trace_ready=lambda found: found.export_chrome_trace(path),
+            profile_memory=True,
         )
 
-    def _restore(self) -> None:
-        state = load_checkpoint(self.last)
-        changed = differences(recipe_of(state, self.last), self.recipe, FREE_FIELDS)
+    def _rest(self) -> dict[str, Any]:
+        """What a checkpoint has beside model and optimiser; broken videos are all processes'."""
+        for each in self.group.gather(self.broken):
+            self.broken |= each
+        return {
+            "window_size": list(self.model.backbone.window_size),
+            "recipe": to_dict(self.recipe),
+            "classes": self.classes,
+            "step": self.step,
+            "best_top1": self.best_top1,
+            "broken": self.broken,
+            "videos": self.videos_digest,
+            "scaler": self.stepper.scaler.state_dict(),
+            "skipped": self.skipped,
+            "tested": self.tested,
+        }
+
+    def _set_counters(self, rest: dict[str, Any]) -> None:
+        self.step, self.best_top1 = rest["step"], rest["best_top1"]
+        self.lr = self._learning_rate(max(self.step - 1, 0))
+        self.broken, self.skipped, self.tested = rest["broken"], rest["skipped"], rest["tested"]
+        if rest["scaler"]:
+            self.stepper.scaler.load_state_dict(rest["scaler"])
+
+    def _check(self, rest: dict[str, Any], path: Path) -> None:
+        """RunError if a checkpoint is of another run."""
+        changed = differences(recipe_of(rest, path), self.recipe, FREE_FIELDS)
         if changed:
-            raise RunError(f"{self.last} was made with another recipe: {'; '.join(changed)}")
-        if state["classes"] != self.classes:
-            raise RunError(f"{self.last} was made with other class names")
-        if state["videos"] != self.videos_digest:
+            raise RunError(f"{path} was made with another recipe: {'; '.join(changed)}")
+        if rest["classes"] != self.classes:
+            raise RunError(f"{path} was made with other class names")
+        if rest["videos"] != self.videos_digest:
             raise RunError(
-                f"{self.last} was made with another {self.recipe.data.train_list}; a changed list "
+                f"{path} was made with another {self.recipe.data.train_list}; a changed list "
                 "needs a run of its own (--output)"
             )
-        restore_weights(self.model, state["model"], self.last)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.best_top1 = state["step"], state["best_top1"]
-        self.broken = state["broken"]
-
-    def _forget_lost_reports(self) -> None:
-        """Drop from metrics.jsonl what steps after the checkpoint, if any, reported and will again.
-
-        A run that was killed leaves them, before its first checkpoint too, and the last line may be
-        half a line.
-        """
-        if not self.metrics.is_file():
-            return
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("}\n")]
-        kept = "".join(line for line in whole if json.loads(line)["step"] <= self.step)
-        write_atomically(self.metrics, lambda file: file.write(kept.encode()))
-
-
-class Meter:
-    """Loss, accuracy and speed since the last report; nothing is read from the device before."""
-
-    def __init__(self) -> None:
-        self._start_again()
-
-    def _start_again(self) -> None:
-        self.losses, self.hits, self.clips, self.start = [], [], 0, time.monotonic()
-
-    def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        self.losses.append(loss)
-        self.hits.append((logits.argmax(dim=1) == labels).sum())
-        self.clips += len(labels)
-
-    def take(self) -> dict[str, float]:
-        """Clips and clips/s since the last call, their mean loss and top-1 (0 to 1) if any."""
-        numbers: dict[str, float] = {"clips": self.clips}
-        if self.losses:
-            numbers["loss"] = torch.stack(self.losses).mean().item()
-            numbers["top1"] = torch.stack(self.hits).sum().item() / self.clips
-        numbers["clips_per_second"] = self.clips / (time.monotonic() - self.start)
-        self._start_again()
-        return numbers
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[list[int]]:
-    """A list that SIGINT or SIGTERM make true: the step under way ends before the run does.
-
-    A second signal ends the process at once, and its workers, of which one may be stuck in a video.
-    """
-    received: list[int] = []
-    kinds = (signal.SIGINT, signal.SIGTERM)
-
-    def stop(number: int, _frame: object) -> None:
-        if received:
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            os._exit(128 + number)
-        received.append(number)
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")
-
-    before = [signal.signal(kind, stop) for kind in kinds]
-    try:
-        yield received
-    finally:
-        for kind, handler in zip(kinds, before, strict=True):
-            signal.signal(kind, handler)

@@ -12,21 +12,13 @@ from train.checkpoint import CheckpointError
 from train.data import read_test_clips
 from train.evaluate import load_trained
 from train.metrics import video_scores
-from train.recipe import add_machine_options
+from train.recipe import add_machine_options, count
 from train.transforms import normalize
 from train.video import VideoError
 from videoswin_kernels import explain
 from videoswin_kernels.selection import UnavailableError
 
 
-def _count(word: str) -> int:
-    """`word` as an integer of at least 1."""
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {word!r}")
-    return int(word)
-
-
-@torch.inference_mode()
 def main(arguments: list[str] | None = None) -> int:
     """Predict as the command line says; the exit status: 0 all read, 1 one was not."""
     parser = argparse.ArgumentParser(
@@ -34,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("videos", nargs="+", metavar="VIDEO")
     parser.add_argument("--checkpoint", required=True, metavar="FILE")
-    parser.add_argument("--top", type=_count, default=5, metavar="K", help="classes shown (5)")
+    parser.add_argument("--top", type=count, default=5, metavar="K", help="classes shown (5)")
     add_machine_options(parser)
     options = parser.parse_args(arguments)
     set_allocator(options.allocator)

@@ -1,18 +1,20 @@
-"""Recipes: everything that decides a run, as frozen data."""
+"""What a recipe is: everything that decides a run, as frozen data; train/recipes.py has them."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 import tyro
 
-from model import VideoSwin, create
+from model import VideoSwin, create, load_weights
+from model.weights.download import locate
 from train.checkpoint import CheckpointError
 from train.data import DataSettings
 from train.optim import OptimSettings
@@ -25,6 +27,10 @@ class ModelSettings:
 
     Attributes:
         name: a name of `model.create`.
+        weights: what a run begins with: a name such as "in1k", a URL or a file, as `model.create`
+            takes them; empty draws them.
+        fresh: parameters that are drawn where `weights` are given, too: ("cls_head",) for weights
+            of other classes.
         drop_path_rate: stochastic depth of the last block.
         dropout: dropout before the classifier.
         init_std: standard deviation of the initial weights of the backbone's Linears.
@@ -33,6 +39,8 @@ class ModelSettings:
     """
 
     name: str = "swin_t"
+    weights: str = ""
+    fresh: tuple[str, ...] = ()
     drop_path_rate: float = 0.1
     dropout: float = 0.5
     init_std: float = 0.02
@@ -54,30 +62,41 @@ class LoopSettings:
 
     Attributes:
         epochs: passes over the training videos.
-        batch_size: clips per step.
+        batch_size: clips per step, on all processes together.
+        clips_per_pass: clips that a process takes through the model at a time; a step has as many
+            passes as it needs of them. 0: all of its clips at once.
+        precision: dtype that the model is autocast to; float16 has its loss scaled.
         test_batch_size: videos per step of testing.
         evaluate_every: epochs between tests; the last epoch is always tested.
         report_every: steps between lines of metrics.jsonl.
         checkpoint_every: steps between checkpoints, beside the one after each epoch; 0 = none.
+        keep: how many checkpoints are kept, last.pt and those before it.
+        most_skipped: steps in a row whose gradients are no finite numbers end the run.
         seed: of the initial weights and of every random choice.
     """
 
     epochs: int = 30
-    batch_size: int = 8
+    batch_size: int = 64
+    clips_per_pass: int = 0
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
     test_batch_size: int = 1
     evaluate_every: int = 5
     report_every: int = 20
     checkpoint_every: int = 1000
+    keep: int = 2
+    most_skipped: int = 20
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "test_batch_size", "evaluate_every", "report_every"):
+        for name in (
+            *("epochs", "batch_size", "test_batch_size", "evaluate_every", "report_every"),
+            *("keep", "most_skipped"),
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"loop.{name} must be at least 1, got {getattr(self, name)}")
-        if self.checkpoint_every < 0:
-            raise ValueError(
-                f"loop.checkpoint_every must be 0 or more, got {self.checkpoint_every}"
-            )
+        for name in ("clips_per_pass", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loop.{name} must be 0 or more, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"loop.seed must be from 0 to 2^31 - 1, got {self.seed}")
 
@@ -90,31 +109,6 @@ class Recipe:
     data: DataSettings = field(default_factory=DataSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     loop: LoopSettings = field(default_factory=LoopSettings)
-
-
-RECIPES: dict[str, Recipe] = {
-    # From scratch, on a CPU, in minutes: small clips, initial weights that suit a width of 64, and
-    # a high rate for the bias tables, through which this model comes to see motion. No flip: it
-    # would turn left into right.
-    "demo": Recipe(
-        model=ModelSettings(name="swin_nano", drop_path_rate=0.0, dropout=0.0, init_std=0.12),
-        data=DataSettings(
-            root="runs/demo-videos",
-            clip_len=8,
-            interval=4,
-            short_side=36,
-            crop=32,
-            area=(0.6, 1.0),
-            flip=0.0,
-            test_clips=1,
-            test_crops=1,
-            test_short_side=36,
-            workers=1,
-        ),
-        optim=OptimSettings(lr=1e-2, backbone_lr=0.05, warmup_epochs=1),
-        loop=LoopSettings(epochs=16, batch_size=16, test_batch_size=32, evaluate_every=4),
-    ),
-}
 
 
 def resolve_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -163,14 +157,18 @@ def recipe_of(checkpoint: dict[str, Any], path: str | Path) -> Recipe:
         raise CheckpointError(f"cannot load {path}: {reason}") from error
 
 
-# Where the files lie, how they are read and how often there is news: a run may go on with others.
+# Where the files lie, how they are read, what fits at once and how often there is news: a run may
+# go on with others.
 FREE_FIELDS = {
     "data.root",
     "data.workers",
+    "loop.clips_per_pass",
     "loop.test_batch_size",
     "loop.evaluate_every",
     "loop.report_every",
     "loop.checkpoint_every",
+    "loop.keep",
+    "loop.most_skipped",
 }
 
 
@@ -203,13 +201,22 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 
 def _device(word: str) -> str:
     """`word` if tensors that hold something can be made on the device it names."""
+    # Of several processes each tries its own GPU: it would leave a context on another.
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if word == "cuda" else word
     try:
-        torch.empty(0, device=word).tolist()
+        torch.empty(0, device=own).tolist()
     except (RuntimeError, AssertionError) as error:
         # AssertionError is what a build of torch without CUDA raises.
         reason = str(error).partition("\n")[0]
         raise argparse.ArgumentTypeError(f"{word!r} cannot be used: {reason}") from None
     return word
+
+
+def count(word: str) -> int:
+    """`word` as an integer of at least 1, for a command line."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {word!r}")
+    return int(word)
 
 
 def build_model(settings: ModelSettings, num_classes: int, kernels: str) -> VideoSwin:
@@ -225,3 +232,17 @@ def build_model(settings: ModelSettings, num_classes: int, kernels: str) -> Vide
     )
     model.backbone.init_weights(settings.init_std)
     return model
+
+
+def begin_with_weights(model: VideoSwin, settings: ModelSettings) -> str:
+    """Gives a model of `build_model` the weights its recipe begins with; a sentence on them.
+
+    Raises:
+        ValueError: no such name, or a name for what is to be fresh that the model does not have.
+        WeightsError: they cannot be had, read or used.
+    """
+    if not settings.weights:
+        return "weights: drawn"
+    load_weights(model, locate(settings.name, settings.weights), fresh=settings.fresh)
+    kept = f", but for {', '.join(settings.fresh)}" if settings.fresh else ""
+    return f"weights: {settings.weights}{kept}"

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 
 from train.allocator import set_allocator
 from train.optim import build_optimizer
-from train.recipe import RECIPES, Recipe, add_machine_options, build_model, resolve_recipe
-from train.transforms import normalize
+from train.parallel import Group
+from train.recipe import Recipe, add_machine_options, build_model, count, resolve_recipe
+from train.recipes import RECIPES
+from train.step import Stepper
 from videoswin_kernels import explain
 from videoswin_kernels.selection import UnavailableError
 
@@ -41,11 +42,10 @@ def build_step(recipe: Recipe, kernels: str, device: torch.device) -> tuple[Call
     model = build_model(recipe.model, NUM_CLASSES, kernels).to(device).train()
     chosen = Counter(choice.kernels for choice in explain(model))
     optimizer = build_optimizer(model, recipe.optim)
+    stepper = Stepper(model, optimizer, recipe.optim, recipe.loop, shape[1:], Group(device))
 
     def step() -> None:
-        F.cross_entropy(model(normalize(clips)), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        stepper.step(clips, labels, batch_size, stepper.num_passes(batch_size))
 
     said = (f"{name} for {count} operator{'s' * (count > 1)}" for name, count in chosen.items())
     return step, ", ".join(said)
@@ -60,13 +60,6 @@ def seconds_of(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def _count(word: str) -> int:
-    """`word` as an integer of at least 1."""
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {word!r}")
-    return int(word)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Time as the command line says; the exit status: 0 done, 1 the recipe describes no model."""
     parser = argparse.ArgumentParser(
@@ -76,9 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="Any field of the recipe can be set: --loop.batch-size=8 --data.crop=224 ...",
     )
     parser.add_argument("--recipe", required=True, metavar="NAME")
-    parser.add_argument(
-        "--steps", type=_count, default=20, metavar="N", help="of each at most (20)"
-    )
+    parser.add_argument("--steps", type=count, default=20, metavar="N", help="of each at most (20)")
     add_machine_options(parser)
     parser.set_defaults(kernels="fused")
     options, overrides = parser.parse_known_args(arguments)
@@ -99,11 +90,11 @@ def main(arguments: list[str] | None = None) -> int:
     # The first time of each counts for nothing; then in turn, so that what slows one slows both.
     for step in steps.values():
         step()
-    began, count = time.monotonic(), 0
-    while count < options.steps and (not count or time.monotonic() - began < MOST_SECONDS):
+    began, done = time.monotonic(), 0
+    while done < options.steps and (not done or time.monotonic() - began < MOST_SECONDS):
         for kernels, step in steps.items():
             seconds.setdefault(kernels, []).append(seconds_of(step, device))
-        count += 1
+        done += 1
     for kernels, taken in seconds.items():
         speed = recipe.loop.batch_size / median(taken)
         detail = "" if kernels == "reference" else f" ({said[kernels]})"

@@ -160,8 +160,23 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Call `write(file)` on a binary file that replaces `path` only once it is safe on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        # Half a file would take room from the next attempt on a full disk.
+        partial.unlink(missing_ok=True)
+        raise
     os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder as safe on disk as what they stand for."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
