@@ -46,10 +46,17 @@ def pytest_configure(config):
 
 # Interpreted, each of these takes ten seconds or more; other kernel sets answer at once.
 SLOW_INTERPRETED = (
+    "test_compiles_to_one_graph_for_all_batch_sizes",
+    "test_every_combination_of_gradients_gives_the_same_bits",
     "test_gradients_are_the_same_each_time_without_deterministic_algorithms",
+    "test_gradients_are_what_each_pair_of_places_adds",
     "test_gradients_in_windows_of_a_real_model",
+    "test_gradients_of_every_head_width_without_pad_qkv",
+    "test_gradients_of_every_layout",
     "test_memory_beyond_the_gradients_is_two_arrays_and_partial_sums",
+    "test_table_gradient_sums_over_many_windows_the_same_each_time",
     "test_the_golden_cases",
+    "test_the_same_bits_whatever_memory_held_before",
 )
 
 

@@ -11,6 +11,7 @@ import subprocess
 
 import pytest
 import train_suite as suite
+from train_suite import prompt as prompt
 
 from train import data
 from train.checkpoint import load_checkpoint, put
@@ -163,6 +164,7 @@ def test_a_checkpoint_written_half_is_no_checkpoint(recipe, whole, tmp_path):
     assert_equal_ends(output, whole)
 
 
+@pytest.mark.usefixtures("prompt")
 def test_a_killed_data_worker_is_replaced_and_nothing_is_read_twice(
     recipe, whole, tmp_path, monkeypatch, capsys
 ):
@@ -184,6 +186,7 @@ def test_a_killed_data_worker_is_replaced_and_nothing_is_read_twice(
         suite.assert_same(mine[name], its[name])
 
 
+@pytest.mark.usefixtures("prompt")
 def test_a_data_worker_killed_in_a_test_is_replaced_too(
     recipe, whole, tmp_path, monkeypatch, capsys
 ):

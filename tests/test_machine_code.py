@@ -22,7 +22,9 @@ THREADS = {
     **{f"attention_canonical_kernel<{t}, 16>": 13 * 32 for t in ("float16", "bfloat16")},
 }
 FACTS = extension.build_facts("_ops")
+# Reading it takes most of a minute; that nothing is spilt the build itself has made sure of.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(FACTS.get("cuda") is None, reason="_ops.so has no CUDA kernels here"),
     pytest.mark.skipif(machine_code.cuobjdump() is None, reason="there is no cuobjdump here"),
 ]

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from train_suite import prompt as prompt
 
 pytest.importorskip("decord")
 
@@ -16,6 +17,7 @@ from train.data import Batch, build_loader
 from train.prefetch import WorkerError, ahead, steady
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("prompt")
 
 
 def test_items_come_in_their_order_and_each_is_made_before_it_is_asked_for():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import dataloader
 
 pytest.importorskip("av")
 pytest.importorskip("decord")
@@ -154,6 +155,13 @@ runpy.run_module("train", run_name="__main__", alter_sys=True)
         start_new_session=True,
         timeout=120,
     )
+
+
+@pytest.fixture
+def prompt(monkeypatch):
+    """A dead data worker is found after a fifth of a second, in place of five."""
+    plain = dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(plain, "__defaults__", (0.2,))
 
 
 def metrics(output: Path) -> list[dict]:
