@@ -44,19 +44,27 @@ def pytest_configure(config):
         control.set_settings(**{**control.settings(), "order": order, "seed": int(seed or 0)})
 
 
-# Interpreted, each of these takes ten seconds or more; other kernel sets answer at once.
+# Interpreted, each of these takes seven seconds or more; other kernel sets answer at once.
 SLOW_INTERPRETED = (
+    "test_checkpointing_gives_the_same_gradients",
     "test_compiles_to_one_graph_for_all_batch_sizes",
     "test_every_combination_of_gradients_gives_the_same_bits",
+    "test_flops_of_attention_in_a_cold_process_are_those_of_the_two_products",
     "test_gradients_are_the_same_each_time_without_deterministic_algorithms",
     "test_gradients_are_what_each_pair_of_places_adds",
     "test_gradients_in_windows_of_a_real_model",
     "test_gradients_of_every_head_width_without_pad_qkv",
     "test_gradients_of_every_layout",
+    "test_gradients_of_pads_in_closed_form",
+    "test_gradients_over_several_tiles_windows_clips_and_heads",
+    "test_gradients_where_channels_have_means",
     "test_memory_beyond_the_gradients_is_two_arrays_and_partial_sums",
     "test_table_gradient_sums_over_many_windows_the_same_each_time",
     "test_the_golden_cases",
     "test_the_same_bits_whatever_memory_held_before",
+    "test_two_steps_have_the_losses_of_the_reference",
+    "test_window_attention",
+    "test_window_attention_backward",
 )
 
 
@@ -82,6 +90,7 @@ def pytest_collection_modifyitems(items):
         run = item.callspec.params.get("run") if hasattr(item, "callspec") else None
         if item.name.partition("[")[0] in SLOW_INTERPRETED and run and run.is_interpreted:
             item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.interpreted)
 
 
 def pytest_runtest_logreport(report):

@@ -139,6 +139,7 @@ def test_a_plain_build_leaves_libraries_in_place_and_a_second_one_does_nothing(t
     assert loaded(thin, "_ops").facts["why_no_cuda"] is None
 
 
+@pytest.mark.slow
 def test_cuda_off_says_so_and_is_not_kept_for_the_next_build(thin):
     assert "VIDEOSWIN_CUDA=off" in built(thin, VIDEOSWIN_CUDA="off")
     reason, facts = loaded(thin, "_ops")

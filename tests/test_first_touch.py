@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 SLOW_ROWS = ("export_strict", "copies")
 # What happens before a kernel is launched is the same code for every kernel set: of the interpreted
 # one these rows, where another is there, are for the hour of `make verify`.
-SLOW_INTERPRETED = ("dynamic", "inductor", "export", "fake", "meta")
+SLOW_INTERPRETED = ("compiled", "dynamic", "inductor", "export", "fake", "meta")
 RUNS = [run for run in suite.runs("window_attention") if run.kernels != "reference"]
 # Registered alike; of two kernel sets in C++ on one device, one is enough in minutes.
 EMULATED = suite.Run("cuda", "cpu") if suite.Run("cpu", "cpu") in RUNS else None

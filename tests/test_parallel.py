@@ -39,6 +39,45 @@ runpy.run_module("train", run_name="__main__", alter_sys=True)
 """
 
 
+# Twenty steps of a model whose parameters are bfloat16, under DDP and in parts.
+HALVES = """
+import torch
+from model import create
+from train.optim import OptimSettings, build_optimizer
+from train.parallel import joined, spread
+from train.recipe import LoopSettings
+from train.step import Stepper
+
+def run(parallel, group):
+    torch.manual_seed(0)
+    model = create("swin_nano", num_classes=8, dropout=0.0).bfloat16()
+    module, optim = spread(model, parallel, group, compiles=False), OptimSettings(warmup_epochs=0)
+    loop = LoopSettings(precision="bfloat16", clips_per_pass=1)
+    optimizer = build_optimizer(model, optim)
+    stepper = Stepper(module, optimizer, optim, loop, (3, 4, 16, 16), group)
+    losses = []
+    for step in range(20):
+        drawn = torch.Generator().manual_seed(100 * step + group.rank)
+        clips = torch.randint(256, (2, 3, 4, 16, 16), dtype=torch.uint8, generator=drawn)
+        labels = torch.randint(8, (2,), generator=drawn)
+        losses += group.total(stepper.step(clips, labels, 4, stepper.num_passes(2)).loss.item())
+    whole = {
+        name: (each.full_tensor() if hasattr(each, "full_tensor") else each).detach()
+        for name, each in model.named_parameters()
+    }
+    assert {each.dtype for each in whole.values()} == {torch.bfloat16}
+    return losses, whole
+
+with joined("cpu") as group:
+    (losses, weights), (other_losses, other_weights) = (run(p, group) for p in ("ddp", "fsdp"))
+    assert max(losses) - min(losses) > 0.1, losses
+    torch.testing.assert_close(other_losses, losses, rtol=1e-6, atol=0)
+    for name, each in weights.items():
+        torch.testing.assert_close(other_weights[name].float(), each.float(), rtol=0, atol=1e-5)
+    print("alike")
+"""
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     """24 steps of three clips or of one, in passes of one clip: rank 1 has one clip, or none.
@@ -136,6 +175,11 @@ def test_a_model_in_parts_is_a_whole_one(fsdp, ddp, tmp_path):
     assert_equal_runs(fsdp, ddp, load_checkpoint(output))
     # What evaluation and prediction take is whole in any case.
     assert load_checkpoint(fsdp / "best.pt")["best_top1"] >= 0
+
+
+@pytest.mark.slow
+def test_parameters_in_bfloat16_are_alike_in_parts(recipe, tmp_path):
+    assert torchrun(recipe, tmp_path / "run", program=HALVES).stdout.count("alike") == 2
 
 
 def older(run, tmp_path):

@@ -79,6 +79,16 @@ def test_a_run_leaves_its_checkpoints_reports_curves_and_recipe(whole, recipe):
     assert all(tensor.isfinite().all() for tensor in last["model"].values())
 
 
+def test_the_recipe_is_printed_with_all_that_was_set(recipe, tmp_path, capsys):
+    words = ["--optim.lr=0.25", "--loop.epochs=1"]
+    assert suite.train(recipe, tmp_path / "run", *words) == 0
+    said = capsys.readouterr().out.splitlines()
+    printed = [line for line in said if line.startswith(("model: ", "data: ", "optim: ", "loop: "))]
+    assert len(printed) == 4
+    assert printed[2].startswith("optim: lr 0.25, backbone_lr 0.1, ")
+    assert "name swin_nano, " in printed[0]
+
+
 def test_every_step_reports_a_finite_loss_and_its_learning_rate(whole):
     lines = [line for line in suite.metrics(whole) if line["kind"] == "train"]
     assert [line["step"] for line in lines] == list(range(1, 13))

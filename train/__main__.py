@@ -13,7 +13,7 @@ from train.data import ListError, broken_summary
 from train.loop import Run, RunError
 from train.parallel import PARALLEL, Group, joined
 from train.prefetch import WorkerError
-from train.recipe import Recipe, add_machine_options, count, resolve_recipe
+from train.recipe import Recipe, add_machine_options, count, resolve_recipe, to_dict
 from train.recipes import RECIPES, listing
 from videoswin_kernels import explain
 from videoswin_kernels.selection import UnavailableError
@@ -92,6 +92,8 @@ def train(recipe: Recipe, options: argparse.Namespace, group: Group) -> int:
         say(f"{choice.operator}: {choice.kernels} ({choice.reason})")
     for missing in run.classes_without_videos:
         say(f"no training video is of class {missing}")
+    for part, values in to_dict(recipe).items():
+        say(f"{part}: {', '.join(f'{name} {value}' for name, value in values.items())}")
     videos = f"{len(run.dataset)} training videos"
     where = f"step {run.step} of {run.num_steps}, {run.output}"
     say(run.beginning)
