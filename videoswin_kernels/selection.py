@@ -49,7 +49,7 @@ class Choice(NamedTuple):
 # Order of preference for each device type and operator; `reference` is always the last.
 _CUDA = (Entry("triton"), Entry("cuda"), Entry("reference"))
 _CUDA_ATTENTION = (Entry("cuda"), Entry("triton"), Entry("reference"))
-_CPU_ROW = "bench/results/xeon_avx512_2_cores.jsonl: {}, stage 1, float32"
+_CPU_ROW = "bench/results/epyc_avx512_2_cores.jsonl: {}, stage 1, float32"
 TABLE = {
     "cuda": dict.fromkeys(OPERATORS, _CUDA) | {"window_attention": _CUDA_ATTENTION},
     "cpu": {name: (Entry("cpu", _CPU_ROW.format(name)), Entry("reference")) for name in OPERATORS},
