@@ -118,6 +118,19 @@ def test_a_dead_worker_is_met_where_its_batch_is_asked_for_and_nowhere_else(tmp_
     found.close()
 
 
+class Missing(Videos):
+    def __getitem__(self, key):
+        raise FileNotFoundError(f"no shard {key}")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_data_set_is_not_taken_for_a_death(tmp_path, monkeypatch, capsys, workers):
+    monkeypatch.setattr(Videos.settings, "workers", workers)
+    with pytest.raises(FileNotFoundError, match="no shard 0"):
+        read(Missing(0, 0, tmp_path), [])
+    assert not capsys.readouterr().err
+
+
 def test_another_error_is_not_taken_for_a_death():
     def build():
         raise RuntimeError("no such thing")

@@ -206,9 +206,10 @@ class Run:
         """Train to the last step; False if a signal ended the run early, after a checkpoint.
 
         Raises:
-            RunError: no video can be read, or too many steps in a row are skipped.
+            RunError: no video can be read, too many steps in a row are skipped, or the last
+                attempt to write a checkpoint failed.
             WorkerError: data workers die again and again.
-            OSError: a checkpoint cannot be written, but for a full disk until the last one.
+            OSError: recipe.json cannot be written.
         """
         if self.group.is_first:
             recipe = json.dumps(to_dict(self.recipe), indent=2) + "\n"
@@ -223,9 +224,8 @@ class Run:
         meter, in_a_row = Meter(self.group), 0
         with stop_on_signals() as stop, self._profiler() as profiler, bar:
             # A signal may have ended the run before the test of its last epoch.
-            if self._is_test_due and not self._end_epoch(stop):
-                return False
-            for batch, waited in self._batches():
+            goes_on = not self._is_test_due or self._end_epoch(stop)
+            for batch, waited in self._batches() if goes_on else ():
                 taken = self._step(batch, meter, waited)
                 bar.update()
                 if profiler:

@@ -105,8 +105,9 @@ def steady(build: Callable[[], DataLoader], device: torch.device) -> Iterator[Ba
     """
     deaths = 0
     while True:
+        loader = build()
         try:
-            for batch in on_device(_begun(build()), device):
+            for batch in on_device(_begun(loader), device):
                 yield batch
                 deaths = 0
             return
@@ -114,7 +115,9 @@ def steady(build: Callable[[], DataLoader], device: torch.device) -> Iterator[Ba
             # A socket of a worker can be closed before the worker is seen to be dead.
             said = str(error).partition("\n")[0] or type(error).__name__
             is_death = said.startswith(("DataLoader worker", "Pin memory thread"))
-            if isinstance(error, RuntimeError) and not is_death:
+            # "Caught ..." is what a worker that lives has to tell of the data set.
+            is_of_data = not loader.num_workers or said.startswith("Caught ")
+            if is_of_data or (isinstance(error, RuntimeError) and not is_death):
                 raise
             deaths += 1
             if deaths == MOST_DEATHS:
