@@ -50,15 +50,44 @@ def bilinear(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     [((5, 7), (9, 4)), ((7, 5), (3, 11)), ((1, 3), (4, 5)), ((12, 13), (5, 5)), ((4, 4), (9, 9))],
 )
 @pytest.mark.parametrize("strided", [True, False])
-def test_resize_is_the_rounded_bilinear_of_loops(old, new, strided):
+def test_resize_is_the_bilinear_of_loops(old, new, strided):
     frames = frames_of(5, *old)
     result = resize(frames if strided else frames.contiguous(), *new)
     assert result.dtype == torch.uint8
     assert result.shape == (5, 3, *new)
     for frame, got in zip(frames.flatten(0, 1), result.flatten(0, 1), strict=True):
         exact = bilinear(frame.numpy().astype(np.float64), *new)
-        # Half a step and the float32 of the weights: nothing is cut off, nothing off by one.
-        assert np.abs(got.numpy() - exact).max() < 0.5 + 1e-4
+        # Half a step of rounding, and what is lost of weights of 11 bits and sums of 19.
+        assert np.abs(got.numpy() - exact).max() < 0.5 + 0.5
+
+
+def fixed_point(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return `picture`, [H, W], scaled in the integers that upstream's OpenCV scales in."""
+
+    def weights(old: int, new: int) -> tuple[np.ndarray, ...]:
+        place = ((np.arange(new) + 0.5) * (old / new) - 0.5).astype(np.float32)
+        first = np.floor(place).astype(np.int64)
+        ones, others = (
+            np.rint(2048 * w).astype(np.int64) for w in (1 + first - place, place - first)
+        )
+        return first.clip(0, old - 1), (first + 1).clip(0, old - 1), ones, others
+
+    left, right, ones, others = weights(picture.shape[1], width)
+    rows = picture[:, left].astype(np.int64) * ones + picture[:, right] * others
+    top, below, ones, others = weights(picture.shape[0], height)
+    sums = (ones[:, None] * (rows[top] >> 4) >> 16) + (others[:, None] * (rows[below] >> 4) >> 16)
+    return (sums + 2 >> 2).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [((256, 340), (224, 298)), ((190, 230), (224, 224)), ((97, 131), (36, 49)), ((7, 5), (3, 4))],
+)
+def test_resize_has_the_bits_of_upstream(old, new):
+    (frame,) = frames_of(1, *old)
+    (result,) = resize(frame[None], *new)
+    for channel, got in zip(frame.numpy(), result.numpy(), strict=True):
+        np.testing.assert_array_equal(got, fixed_point(channel, *new))
 
 
 def test_resize_does_not_smooth_when_shrinking():
