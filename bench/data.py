@@ -1,22 +1,24 @@
-"""How many clips a second the loader of training reads: by reader of videos, by worker processes.
+"""How many clips a second the loader of training reads, and how long it takes to begin.
 
-`python bench/data.py [--videos DIR] [--workers 0 2 4] [--json FILE]`. DIR is a data set as training
-takes it; without one, videos of moving shapes are written for the run. Clips are sampled, cropped
-and resized as in training; nothing else runs. What a peer reads is compared with our frames first.
+`python bench/data.py [--videos DIR] [--workers 0 2 4] [--lines 10 1000] [--json FILE]`. DIR is a
+data set as training takes it; without one, videos of moving shapes are written for the run. Clips
+are sampled, cropped and resized as in training; nothing else runs. The frames of each reader of
+videos are compared with decord's first. Lists of so many lines are read in a process of their own.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -24,13 +26,42 @@ if not __package__:
 import numpy as np
 import torch
 
-import train.data
 from bench.harness import Rows, attempt, header
 from bench.timing import Timing, in_rounds
-from train.data import DataSettings, EpochBatches, VideoDataset, build_loader, read_list
+from train.batches import EpochBatches
+from train.data import DataSettings, VideoDataset, build_loader
+from train.lists import read_list
 from train.synthetic import write_dataset
-from train.video import Video
+from train.video import READERS, open_video, why_not
 
+LIST_COLUMNS = {
+    "lines": "lines",
+    "ms": "ms to the first keys",
+    "spread": "20-80 %",
+    "noise_percent": "+- %",
+    "start_ms": "ms with imports",
+    "peak_mb": "peak MB of the process",
+    "imports_mb": "of them imports",
+}
+# Reads a list, and draws the first batch's keys, as a run does before it decodes anything.
+BEGIN = """
+import resource, sys, time
+start = time.perf_counter()
+from pathlib import Path
+from train.batches import EpochBatches
+from train.data import DataSettings, VideoDataset
+from train.lists import read_videos
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+imports = peak()
+began = time.perf_counter()
+path = Path(sys.argv[1])
+videos = read_videos(path.parent, path.name, ["class"] * 400)
+dataset = VideoDataset(videos, DataSettings(), seed=0)
+videos.digest
+next(iter(EpochBatches(len(dataset), 64, 0, 1)))
+end = time.perf_counter()
+print(1e3 * (end - began), 1e3 * (end - start), peak(), imports)
+"""
 COLUMNS = {
     "reader": "reader",
     "workers": "workers",
@@ -52,6 +83,7 @@ class Preset(NamedTuple):
         short_side, crop, clip_len: of a clip, as `DataSettings` has them.
         batch: clips at a time.
         batches: under the clock at least, in each of `rounds`.
+        lines: of the lists whose reading is timed.
     """
 
     frames: int
@@ -63,55 +95,20 @@ class Preset(NamedTuple):
     batch: int
     batches: int
     rounds: int
+    lines: tuple[int, ...]
 
 
 PRESETS = {
     # Ten seconds of Kinetics as it is commonly stored.
-    "full": Preset(250, 256, 340, 256, 224, 32, 8, 8, 6),
-    "small": Preset(40, 96, 128, 64, 56, 8, 4, 4, 6),
-    "tiny": Preset(16, 64, 80, 32, 32, 4, 2, 1, 1),
+    "full": Preset(250, 256, 340, 256, 224, 32, 8, 8, 6, (10, 10**3, 10**5, 10**6)),
+    "small": Preset(40, 96, 128, 64, 56, 8, 4, 4, 6, (10, 10**3, 10**5)),
+    "tiny": Preset(16, 64, 80, 32, 32, 4, 2, 1, 1, (10,)),
 }
-
-
-class AvVideo:
-    """PyAV in the place of `train.video.Video`: it decodes up to the last frame that is wanted."""
-
-    def __init__(self, path: str | os.PathLike) -> None:
-        import av
-
-        self.path, self.av = os.fspath(path), av
-        with av.open(self.path) as container:
-            self.num_frames = container.streams.video[0].frames
-
-    def read(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
-        """uint8 [T, 3, H, W], as `Video.read` returns them."""
-        wanted, found = set(map(int, indices)), {}
-        with self.av.open(self.path) as container:
-            for number, frame in enumerate(container.decode(video=0)):
-                if number in wanted:
-                    found[number] = frame.to_ndarray(format="rgb24")
-                if len(found) == len(wanted):
-                    break
-        frames = np.stack([found[int(index)] for index in indices])
-        return torch.from_numpy(frames).permute(0, 3, 1, 2)
-
-
-READERS = {"decord": Video, "pyav": AvVideo}
-
-
-class Videos(VideoDataset):
-    """The data set of training, read by one of the readers."""
-
-    reader = "decord"
-
-    def __getitem__(self, key: tuple[int, int]) -> object:
-        with patch.object(train.data, "Video", READERS[self.reader]):
-            return super().__getitem__(key)
 
 
 def wrong(reader: str, path: Path) -> str | None:
     """What is wrong with a reader's frames of a video, None if nothing is."""
-    ours, theirs = Video(path), READERS[reader](path)
+    ours, theirs = open_video(path), open_video(path, reader)
     if ours.num_frames != theirs.num_frames:
         return f"it finds {theirs.num_frames} frames of {ours.num_frames}"
     places = np.linspace(0, ours.num_frames - 1, 5).astype(int)
@@ -121,7 +118,7 @@ def wrong(reader: str, path: Path) -> str | None:
     return f"frames are off by {difference:.1f} levels of 255, {MOST_LEVELS} are allowed"
 
 
-def milliseconds_of(dataset: Videos, batch: int, batches: int) -> float:
+def milliseconds_of(dataset: VideoDataset, batch: int, batches: int) -> float:
     """How long a clip takes on average, in the middle of a pass.
 
     The clock starts when every worker has given its first batch, and stops while all of them still
@@ -157,11 +154,10 @@ def compare(root: Path, key: dict, readers: Sequence[str], preset: Preset) -> It
     listed = read_list(root / "train.txt")
 
     def make(reader: str) -> tuple[Callable[[], float] | None, dict]:
-        said = wrong(reader, root / listed[0][0])
+        said = wrong(reader, root / listed[0].name)
         if said is not None:
             return None, {"wrong": said}
-        dataset = Videos(listed, settings, seed=0)
-        dataset.reader = reader
+        dataset = VideoDataset(listed, replace(settings, reader=reader), seed=0)
         return partial(milliseconds_of, dataset, preset.batch, preset.batches), {}
 
     found = {reader: attempt(partial(make, reader), torch.device("cpu")) for reader in readers}
@@ -177,16 +173,50 @@ def compare(root: Path, key: dict, readers: Sequence[str], preset: Preset) -> It
         yield row
 
 
+def begin(lines: int, rounds: int, folder: Path) -> dict:
+    """A row on a list of so many lines, of a process for each round and entry."""
+    path = folder / f"{lines}.txt"
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(lines):
+            label = number % 400
+            file.write(f"class_{label:03d}/abcdefghijk_{number:06d}_000010.mp4 {label}\n")
+    found: list[tuple[float, ...]] = []
+
+    def run(_: str) -> float:
+        root = Path(__file__).resolve().parents[1]
+        command = [sys.executable, "-c", BEGIN, str(path)]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+        found.append(tuple(map(float, done.stdout.split())))
+        return found[-1][0]
+
+    timing = Timing.of(*in_rounds(["list"], run, lambda count: count < rounds)["list"])
+    path.unlink()
+    _, start, peak, imports = np.median(np.array(found), axis=0).tolist()
+    return {**timing.items, "start_ms": start, "peak_mb": peak, "imports_mb": imports}
+
+
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """The options of this bench."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="small", help="default: %(default)s")
     parser.add_argument("--videos", type=Path, metavar="DIR", help="in place of written ones")
-    parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS))
+    there = [reader for reader in READERS if why_not(reader) is None]
+    parser.add_argument("--readers", nargs="+", choices=READERS, default=there)
     several = sorted({0, 1, os.cpu_count() or 1})
     parser.add_argument("--workers", nargs="+", type=int, default=several, metavar="N")
+    parser.add_argument(
+        "--lines",
+        nargs="*",
+        type=int,
+        metavar="N",
+        help="of lists to be read",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="rows are added; continues")
     options = parser.parse_args(words)
+    if options.lines is None:
+        options.lines = PRESETS[options.preset].lines
+    if min(options.lines, default=1) < 1:
+        parser.error(f"--lines must be 1 or more, got {min(options.lines)}")
     if min(options.workers) < 0:
         parser.error(f"--workers must be 0 or more, got {min(options.workers)}")
     if options.videos and not (options.videos / "train.txt").is_file():
@@ -218,7 +248,13 @@ def main(words: Sequence[str] | None = None) -> int:
             for row in compare(root, key, options.readers, preset):
                 rows.append({**key, **row})
                 bad += "wrong" in row or "failed" in row
+        for lines in options.lines:
+            key = {"bench": "lists", "preset": options.preset, "lines": lines}
+            if rows.find(key) is None:
+                rows.append({**key, **begin(lines, preset.rounds, Path(folder))})
     print(rows.table(COLUMNS, {"bench": "data", "preset": options.preset}))
+    if options.lines:
+        print(rows.table(LIST_COLUMNS, {"bench": "lists", "preset": options.preset}))
     return int(bad > 0)
 
 

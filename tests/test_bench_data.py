@@ -3,16 +3,15 @@
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("av")
 pytest.importorskip("decord")
 
 from bench import data
+from train.lists import Listed
 from train.synthetic import write_dataset
-from train.video import Video
+from train.video import open_video
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +25,6 @@ def videos(tmp_path_factory):
 
 def test_a_peer_reads_the_same_frames(videos):
     path = next(videos.rglob("*.mp4"))
-    ours, theirs = Video(path), data.AvVideo(path)
-    assert theirs.num_frames == ours.num_frames == 16
-    places = np.array([3, 0, 15, 3])
-    got = theirs.read(places)
-    assert (got.shape, got.dtype) == ((4, 3, 64, 80), torch.uint8)
-    assert (got.float() - ours.read(places).float()).abs().mean() < 1
     assert data.wrong("pyav", path) is None
 
 
@@ -39,10 +32,10 @@ def test_a_peer_reads_the_same_frames(videos):
 def test_each_reader_has_a_row(videos, workers, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     words = ["--preset", "tiny", "--videos", str(videos), "--workers", str(workers)]
-    words += ["--json", str(path)]
+    words += ["--json", str(path), "--lines"]
     assert data.main(words) == 0
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["reader"] for row in rows] == ["decord", "pyav"]
+    assert [row["reader"] for row in rows][:2] == ["decord", "pyav"]
     for row in rows:
         assert (row["workers"], row["preset"]) == (workers, "tiny")
         # Of both entries.
@@ -56,20 +49,34 @@ def test_each_reader_has_a_row(videos, workers, tmp_path, capsys):
 
 
 def test_a_reader_of_other_frames_has_no_time(videos, monkeypatch, capsys):
-    class Reversed(data.AvVideo):
-        def read(self, indices):
-            return super().read(self.num_frames - 1 - np.asarray(indices))
+    class Reversed(type(open_video(next(videos.rglob("*.mp4")), "pyav"))):
+        def _decode(self, unique):
+            return super()._decode(unique)[::-1].copy()
 
-    class Short(data.AvVideo):
-        def __init__(self, path):
-            super().__init__(path)
+    class Short(Reversed):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
             self.num_frames -= 1
 
     words = ["--preset", "tiny", "--videos", str(videos), "--workers", "0", "--readers", "pyav"]
     for peer, said in ((Reversed, "levels of 255"), (Short, "it finds 15 frames of 16")):
-        monkeypatch.setitem(data.READERS, "pyav", peer)
-        assert data.main(words) == 1
+        monkeypatch.setattr("train.readers.pyav.Reader", peer)
+        assert data.main([*words, "--lines"]) == 1
         assert said in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_lists_have_rows_of_their_own(videos, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    words = ["--preset", "tiny", "--videos", str(videos), "--workers", "0", "--lines", "1", "50"]
+    assert data.main([*words, "--json", str(path)]) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lists = [row for row in rows if row["bench"] == "lists"]
+    assert [row["lines"] for row in lists] == [1, 50]
+    for row in lists:
+        assert 0 < row["ms"] < row["start_ms"]
+        assert 0 < row["imports_mb"] <= row["peak_mb"]
+    assert "ms to the first keys" in capsys.readouterr().out
 
 
 def test_a_broken_video_ends_it_with_its_name(videos, tmp_path):
@@ -78,7 +85,7 @@ def test_a_broken_video_ends_it_with_its_name(videos, tmp_path):
     (folder / "train.txt").write_text("broken.mp4 0\n")
     (folder / "broken.mp4").write_bytes(b"no video")
     settings = data.DataSettings(root=str(folder), workers=0)
-    dataset = data.Videos([("broken.mp4", 0)], settings, seed=0)
+    dataset = data.VideoDataset([Listed("broken.mp4", 0)], settings, seed=0)
     with pytest.raises(RuntimeError, match=r"broken\.mp4: "):
         data.milliseconds_of(dataset, 1, 1)
 
@@ -95,18 +102,18 @@ def test_clips_are_counted_where_the_last_batch_of_an_epoch_is_small(monkeypatch
 
     monkeypatch.setattr(data, "build_loader", loader)
     monkeypatch.setattr(data.time, "perf_counter", lambda: now[0])
-    dataset = data.Videos([("a.mp4", 0)] * 3, data.DataSettings(workers=2), seed=0)
+    dataset = data.VideoDataset([Listed("a.mp4", 0)] * 3, data.DataSettings(workers=2), seed=0)
     # Eight batches, four for each of the workers, behind the first of each.
     assert data.milliseconds_of(dataset, 2, 1) == pytest.approx(8e3 / sum(given[2:10]))
     assert given == [2, 1] * 5
 
 
 def test_a_reader_that_breaks_leaves_the_others(videos, monkeypatch, capsys):
-    def broken(path):
+    def broken(*_):
         raise ImportError("there is no such reader")
 
-    monkeypatch.setitem(data.READERS, "pyav", broken)
-    words = ["--preset", "tiny", "--videos", str(videos), "--workers", "0"]
+    monkeypatch.setattr("train.readers.pyav.Reader", broken)
+    words = ["--preset", "tiny", "--videos", str(videos), "--workers", "0", "--lines"]
     assert data.main(words) == 1
     lines = capsys.readouterr().out.splitlines()
     assert "failed: ImportError: there is no such reader" in lines[2]
@@ -118,6 +125,7 @@ def test_a_reader_that_breaks_leaves_the_others(videos, monkeypatch, capsys):
     [
         (["--workers", "-1"], "--workers must be 0 or more, got -1"),
         (["--videos", "nowhere"], "--videos: nowhere has no train.txt"),
+        (["--lines", "0"], "--lines must be 1 or more, got 0"),
         (["--readers", "ffmpeg"], "invalid choice: 'ffmpeg'"),
     ],
 )

@@ -12,20 +12,16 @@ pytest.importorskip("decord")
 
 from test_video import grey, write_video
 
+from train.batches import EpochBatches, ordered_batches, stream
 from train.data import (
     FRAME_ORDERS,
     Broken,
     DataSettings,
-    EpochBatches,
-    ListError,
     VideoDataset,
     broken_summary,
     build_loader,
-    ordered_batches,
-    read_class_names,
-    read_list,
-    stream,
 )
+from train.lists import Listed
 from train.sampling import sample_interval, sample_uniform
 
 CPU = torch.device("cpu")
@@ -55,7 +51,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def dataset(folder: Path, names: list[str], seed: int | None = None, **changes) -> VideoDataset:
-    videos = [(f"{name}.mp4", label) for label, name in enumerate(names)]
+    videos = [Listed(f"{name}.mp4", label) for label, name in enumerate(names)]
     settings = replace(SETTINGS, root=str(folder), **changes)
     return VideoDataset(videos, settings, seed=seed)
 
@@ -71,50 +67,6 @@ def epochs_of(batches: EpochBatches) -> dict[int, list[int]]:
         for epoch, index in batch:
             found.setdefault(epoch, []).append(index)
     return found
-
-
-# Annotation lists.
-
-
-def test_a_name_in_a_list_may_hold_spaces(tmp_path):
-    path = tmp_path / "train.txt"
-    path.write_text("a/b.mp4 0\n\n  my holiday 2024.mp4   12\nc d/e.mp4 3\n", encoding="utf-8")
-    assert read_list(path) == [("a/b.mp4", 0), ("my holiday 2024.mp4", 12), ("c d/e.mp4", 3)]
-
-
-@pytest.mark.parametrize("line", ["a.mp4", "a.mp4 left", "a.mp4 -1", "a.mp4 1.5", "7", "a.mp4 0,"])
-def test_a_bad_line_is_named_with_its_file_and_number(tmp_path, line):
-    path = tmp_path / "train.txt"
-    path.write_text(f"a.mp4 0\n\n{line}\nb.mp4 1\n")
-    with pytest.raises(ListError) as caught:
-        read_list(path)
-    assert str(caught.value) == f"{path}:3: expected `path label`, got {line!r}"
-
-
-def test_a_label_without_a_class_is_refused(tmp_path):
-    path = tmp_path / "train.txt"
-    path.write_text("a.mp4 0\nb.mp4 4\n")
-    assert read_list(path, 5)[1] == ("b.mp4", 4)
-    with pytest.raises(ListError) as caught:
-        read_list(path, 4)
-    assert str(caught.value) == f"{path}:2: label must be below 4, got 4"
-
-
-@pytest.mark.parametrize("read", [read_list, read_class_names])
-@pytest.mark.parametrize("text", [None, "", "\n  \n"])
-def test_a_list_that_is_missing_or_empty_is_refused(tmp_path, read, text):
-    path = tmp_path / "list.txt"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(ListError, match=r"list\.txt: ") as caught:
-        read(path)
-    assert "\n" not in str(caught.value)
-
-
-def test_an_empty_line_is_no_class(tmp_path):
-    path = tmp_path / "classes.txt"
-    path.write_text("left\nto the right\n\n")
-    assert read_class_names(path) == ["left", "to the right"]
 
 
 # The order of the videos.

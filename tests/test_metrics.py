@@ -2,6 +2,7 @@
 
 from math import exp, isnan
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,6 +55,20 @@ def test_top_k_agrees_with_counting_the_better_classes(k):
     judged = judged_top_k(scores.tolist(), labels.tolist(), k)
     assert top_k_accuracy(scores, labels, k) == pytest.approx(judged)
     assert (judged == 1) == (k == 7)
+
+
+def test_of_equal_scores_the_larger_number_is_the_higher():
+    """As upstream, whose `argsort` leaves them in their order."""
+    rows = [[0.2, 0.2, 0.2, 0.2, 0.2], [0.0, 0.5, 0.0, 0.5, 0.0], [0.3, 0.1, 0.3, 0.0, 0.3]]
+    for k, chosen in (
+        (1, [{4}, {3}, {4}]),
+        (2, [{3, 4}, {1, 3}, {2, 4}]),
+        (3, [{2, 3, 4}, {1, 3, 4}, {0, 2, 4}]),
+    ):
+        for row, best in zip(rows, chosen, strict=True):
+            for label in range(5):
+                hit = top_k_accuracy(torch.tensor([row]), torch.tensor([label]), k)
+                assert hit == (label in best) == (label in np.argsort(row, kind="stable")[-k:])
 
 
 def test_top_k_beyond_the_number_of_classes_counts_them_all():

@@ -253,6 +253,23 @@ def test_torchrun_told_to_end_lets_its_processes_save_the_step_under_way(recipe,
     assert_equal_runs(output, alone)
 
 
+# Each process looks into a folder of its own, as where the nodes share none.
+APART = """
+import os, runpy, sys
+sys.argv[0] = "train"
+sys.argv[sys.argv.index("--output") + 1] += os.environ["RANK"]
+runpy.run_module("train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_see_the_same_folder_are_told_so(recipe, alone, tmp_path):
+    shutil.copytree(alone, tmp_path / "run1")
+    done = torchrun(recipe, tmp_path / "run", "--resume", program=APART, ends_well=False)
+    said = "the processes of the run do not have the same recipe, videos, --output\n"
+    assert done.stderr.count(said) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [("--parallel", "ddp"), ("--parallel", "fsdp")])
 def test_a_compiled_model_trains_alike(recipe, ddp, tmp_path, words):

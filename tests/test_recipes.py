@@ -5,7 +5,7 @@ from math import isfinite
 import pytest
 import train_suite as suite
 
-from train.data import EpochBatches
+from train.batches import EpochBatches
 from train.recipes import RECIPES, SOURCES, listing
 
 # Of upstream's configs/recognition/swin, read there and written down by hand: model, weights, drop
@@ -36,7 +36,15 @@ def test_the_numbers_are_the_released_ones(name):
     assert (data.clip_len, data.interval, data.short_side, data.crop) == (32, 2, 256, 224)
     assert (data.area, data.aspect) == ((0.08, 1.0), (3 / 4, 4 / 3))
     assert (data.test_crops, data.test_short_side) == (3, 224)
+    assert data.val_views == (1, 1, 256)
+    # Upstream's max_testing_views.
+    assert loop.views_per_pass == (
+        4 if name.endswith("_1k") else {"swin_l_k400_22k": 0}.get(name, 2)
+    )
+    assert data.offsets == ("mmaction2" if name.startswith("swin_l") else "official")
     is_sthv2 = name.endswith("sthv2")
+    augmented = ("randaugment", 0.5, 0.25) if is_sthv2 else ("none", 0.5, 0.0)
+    assert (data.augment, data.augment_flip, data.erase) == augmented
     assert (data.sampling, data.flip, data.test_clips, optim.label_smoothing, model.fresh) == (
         ("uniform", 0.0, 1, 0.1, ("cls_head",)) if is_sthv2 else ("interval", 0.5, 4, 0.0, ())
     )
@@ -80,7 +88,7 @@ def test_two_steps_of_each_on_a_shrunk_model_through_its_own_pipeline(name, vide
         model={"name": "swin_nano", "weights": "", "fresh": ()},
         # As many frames, a quarter as high and as wide.
         data={"root": str(videos), "workers": 0, "short_side": 64, "crop": 56}
-        | {"test_short_side": 56},
+        | {"test_short_side": 56, "val_short_side": 64},
         # In float16 the scale of the loss has to find its size first, and steps are skipped.
         loop={"epochs": 1, "batch_size": 2, "clips_per_pass": 1, "report_every": 1}
         | {"precision": "bfloat16"},

@@ -144,3 +144,38 @@ def test_other_counts_below_one_are_refused():
         sample_interval(10, clip_len=2, interval=0)
     with pytest.raises(ValueError, match="num_clips must be at least 1"):
         sample_interval(10, clip_len=2, interval=1, num_clips=0)
+
+
+@pytest.mark.trap(34)
+@pytest.mark.parametrize(
+    ("num_frames", "num_clips", "offsets"),
+    [
+        (300, 4, [0, 79, 158, 237]),
+        (300, 1, [118]),
+        # Half to even: 2.5 and 7.5.
+        (73, 5, [0, 2, 5, 8, 10]),
+        (63, 4, [0, 0, 0, 0]),
+        (20, 2, [0, 0]),
+    ],
+)
+def test_mmaction2_puts_the_first_clip_at_the_beginning_and_the_last_at_the_end(
+    num_frames, num_clips, offsets
+):
+    found = sample_interval(
+        num_frames, clip_len=32, interval=2, num_clips=num_clips, rule="mmaction2"
+    )
+    assert found.tolist() == [
+        [(offset + step) % num_frames for step in range(0, 64, 2)] for offset in offsets
+    ]
+    # In training the rule is one.
+    drawn = [
+        sample_interval(
+            num_frames,
+            clip_len=32,
+            interval=2,
+            generator=np.random.default_rng(3),
+            rule=rule,
+        ).tolist()
+        for rule in ("official", "mmaction2")
+    ]
+    assert drawn[0] == drawn[1]

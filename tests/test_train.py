@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from dataclasses import asdict
+from functools import partial
 from math import isfinite
 from pathlib import Path
 
@@ -129,6 +130,21 @@ def test_a_run_stopped_by_ctrl_c_goes_on_as_if_it_had_not_been(
     # The step under way was ended, and kept.
     assert load_checkpoint(output / "last.pt")["step"] == step + 1
     assert suite.train(recipe, output, "--resume") == 0
+    assert_equal_ends(output, whole)
+
+
+@pytest.mark.slow
+def test_a_run_in_float16_goes_on_with_the_scale_of_its_loss(recipe, tmp_path, monkeypatch):
+    half = suite.changed(recipe, loop={"precision": "float16", "most_skipped": 100})
+    # It begins so high that gradients overflow, and is another at every step.
+    plain = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(plain, init_scale=2.0**24))
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    assert suite.train(half, whole) == 0
+    assert interrupted(half, output, 2, monkeypatch) == 0
+    scales = [load_checkpoint(run / "last.pt")["scaler"]["scale"] for run in (output, whole)]
+    assert 2.0**24 > scales[0] > scales[1]
+    assert suite.train(half, output, "--resume") == 0
     assert_equal_ends(output, whole)
 
 

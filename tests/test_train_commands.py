@@ -8,8 +8,9 @@ import train_suite as suite
 from torch.nn import functional as F
 
 from train.checkpoint import load_checkpoint, save_checkpoint
-from train.data import FRAME_ORDERS, read_list
+from train.data import FRAME_ORDERS
 from train.evaluate import Evaluation
+from train.lists import read_list
 from train.recipes import RECIPES
 from train.synthetic import CLASSES, OPPOSITE
 
@@ -122,11 +123,11 @@ def test_a_good_video_is_predicted_beside_a_broken_one(checkpoint, videos, capsy
 def test_frame_orders_are_four_rows_with_the_opposite_class(checkpoint, monkeypatch, capsys):
     """Each of its own pass: here the k-th order gets 2 k of 8 videos right and turns the rest."""
 
-    def evaluate(model, dataset, batch_size, device):
+    def evaluate(model, dataset, loop, device, group, precision):
         right = 2 * list(FRAME_ORDERS).index(dataset.frame_order)
         labels = torch.arange(8)
         predicted = torch.where(labels < right, labels, torch.tensor(OPPOSITE))
-        return Evaluation(F.one_hot(predicted).float(), labels, [])
+        return Evaluation(F.one_hot(predicted).float(), labels, [""] * 8, [])
 
     monkeypatch.setattr("train.evaluate.evaluate", evaluate)
     assert suite.run_evaluate(checkpoint, "--frame-orders") == 0
@@ -151,8 +152,7 @@ def test_a_checkpoint_evaluates_to_what_its_run_reported(checkpoint, capsys):
 
 
 def test_the_prediction_is_the_one_that_evaluation_counts(checkpoint, videos, capsys):
-    names = [name for name, _ in read_list(videos / "test.txt")]
-    labels = [label for _, label in read_list(videos / "test.txt")]
+    names, labels = zip(*((v.name, v.label) for v in read_list(videos / "test.txt")), strict=True)
     assert suite.run_predict(checkpoint, *(videos / name for name in names)) == 0
     likeliest = [
         line.split()[1] for line in capsys.readouterr().out.splitlines() if line[:4] == "  1."

@@ -63,6 +63,7 @@ def tiny_recipe(folder: Path) -> Recipe:
             test_clips=1,
             test_crops=1,
             test_short_side=16,
+            val_short_side=16,
             workers=0,
         ),
         optim=OptimSettings(lr=1e-3, warmup_epochs=1),

@@ -9,18 +9,20 @@ from pathlib import Path
 from model.weights.files import WeightsError
 from train.allocator import set_allocator
 from train.checkpoint import CheckpointError
-from train.data import ListError, broken_summary
+from train.data import broken_summary
+from train.lists import ListError
 from train.loop import Run, RunError
 from train.parallel import PARALLEL, Group, joined
 from train.prefetch import WorkerError
 from train.recipe import Recipe, add_machine_options, count, resolve_recipe, to_dict
 from train.recipes import RECIPES, listing
+from train.video import ReaderError
 from videoswin_kernels import explain
 from videoswin_kernels.selection import UnavailableError
 
 REFUSALS = (
     *(ListError, CheckpointError, RunError, UnavailableError, WeightsError, WorkerError),
-    ImportError,
+    *(ReaderError, ImportError),
 )
 
 

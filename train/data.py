@@ -1,14 +1,9 @@
-"""Videos to batches: annotation lists, the data set, and the order in which it is read.
-
-Every random choice has a generator of its own, seeded by (seed, epoch, video): the clips of a run
-do not depend on the number of workers, no two epochs or workers share a stream, and a resumed run
-reads what the uninterrupted one would have.
-"""
+"""Videos to batches: what a clip is made of, the data set, and the processes that read it."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -19,9 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from train.sampling import sample_interval, sample_uniform
+from train.augment import RandAugment, erasing_box
+from train.batches import stream
+from train.lists import Layout, Listed, Videos, find_class_names, read_videos
+from train.members import check_shards, member
+from train.readers.frames import FrameFolder
+from train.sampling import Rule, sample_interval, sample_uniform
 from train.transforms import EvalTransform, TrainTransform
-from train.video import Video, VideoError
+from train.video import ReaderError, Video, VideoError, open_video, why_not
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,28 @@ class DataSettings:
 
     Attributes:
         root: folder that the paths of the lists are relative to.
-        train_list, test_list, class_names: files in `root`: `path label` a line; a name a line.
+        train_list, test_list: files in `root`, or, of videos, folders with one for each class.
+        class_names: a file in `root`, a name a line; where there is none, the folders are asked.
+        layout: what is listed: files of videos, folders of frames, or videos in tar shards.
+        reader: what decodes: decord, pyav or torchcodec.
+        frame_name: names of the images in a folder of frames, numbered from 1.
         sampling: "interval" takes every `interval`-th frame from a place in the video, "uniform"
             one frame from each of `clip_len` equal segments.
+        offsets: whose rule says where the clips of a test begin, of "interval".
         clip_len: frames per clip.
         interval: source frames from one frame of a clip to the next.
         short_side: height or width, whichever is less, after the first resize in training.
         crop: height and width of a clip.
         area, aspect: ranges of the random crop: share of the frame, width over height.
         flip: probability of a horizontal flip.
-        test_clips: clips per video in testing.
-        test_crops: 1 (centre) or 3 crops of each.
-        test_short_side: short side in testing.
+        augment: "randaugment" does to a clip four of 18 things, as upstream's recipe for
+            Something-Something does.
+        augment_flip: probability of a horizontal flip by "randaugment". The official behaviour is
+            0.5, whatever `flip` is, and left and right are not swapped in the labels.
+        erase: probability that a box of a clip is set to the mean colour.
+        test_clips, test_crops, test_short_side: views of a video in testing: clips, 1 (centre) or 3
+            crops of each, short side.
+        val_clips, val_crops, val_short_side: the same in the tests during training.
         workers: processes that decode.
     """
 
@@ -51,7 +61,11 @@ class DataSettings:
     train_list: str = "train.txt"
     test_list: str = "test.txt"
     class_names: str = "classes.txt"
+    layout: Layout = "files"
+    reader: Literal["decord", "pyav", "torchcodec"] = "decord"
+    frame_name: str = "img_{:05}.jpg"
     sampling: Literal["interval", "uniform"] = "interval"
+    offsets: Rule = "official"
     clip_len: int = 32
     interval: int = 2
     short_side: int = 256
@@ -59,33 +73,76 @@ class DataSettings:
     area: tuple[float, float] = (0.08, 1.0)
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    augment: Literal["none", "randaugment"] = "none"
+    augment_flip: float = 0.5
+    erase: float = 0.0
     test_clips: int = 4
     test_crops: Literal[1, 3] = 3
     test_short_side: int = 224
+    val_clips: int = 1
+    val_crops: Literal[1, 3] = 1
+    val_short_side: int = 256
     workers: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("clip_len", "interval", "crop", "test_clips"):
+        for name in ("clip_len", "interval", "crop", "test_clips", "val_clips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("short_side", "test_short_side"):
+        for name in ("short_side", "test_short_side", "val_short_side"):
             if getattr(self, name) < self.crop:
                 raise ValueError(
                     f"data.{name} must be at least data.crop {self.crop}, got {getattr(self, name)}"
                 )
         if self.workers < 0:
             raise ValueError(f"data.workers must be 0 or more, got {self.workers}")
-        if self.test_crops == 3 and self.test_short_side != self.crop:
-            raise ValueError(
-                f"data.test_short_side must be data.crop {self.crop} with three crops, "
-                f"got {self.test_short_side}"
-            )
+        for kind in ("test", "val"):
+            side = getattr(self, f"{kind}_short_side")
+            if getattr(self, f"{kind}_crops") == 3 and side != self.crop:
+                raise ValueError(
+                    f"data.{kind}_short_side must be data.crop {self.crop} with three crops, "
+                    f"got {side}"
+                )
         for name, top in (("area", 1.0), ("aspect", inf)):
             low, high = getattr(self, name)
             if not 0 < low <= high <= top:
                 raise ValueError(f"data.{name} must rise from above 0, to {top}, got {low} {high}")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"data.flip must be from 0 to 1, got {self.flip}")
+        for name in ("flip", "augment_flip", "erase"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.{name} must be from 0 to 1, got {getattr(self, name)}")
+
+    @property
+    def test_views(self) -> Views:
+        return Views(self.test_clips, self.test_crops, self.test_short_side)
+
+    @property
+    def val_views(self) -> Views:
+        return Views(self.val_clips, self.val_crops, self.val_short_side)
+
+    def read(self, name: str, classes: Sequence[str]) -> Videos:
+        """The videos of a list, `train_list` or `test_list`.
+
+        Raises:
+            ListError: it cannot be used.
+            ReaderError: this machine does not have the reader.
+        """
+        if self.layout != "frames" and (reason := why_not(self.reader)):
+            raise ReaderError(reason)
+        videos = read_videos(self.root, name, classes, self.layout)
+        if self.layout == "shards":
+            check_shards(self.root, videos, name)
+        return videos
+
+    def read_class_names(self) -> list[str]:
+        """The class names; raises ListError."""
+        return find_class_names(self.root, self.class_names, self.train_list)
+
+
+class Views(NamedTuple):
+    """What is looked at of a video: clips, crops of each (1 or 3), and their short side, pixels."""
+
+    clips: int
+    crops: int
+    short_side: int
 
 
 class Broken(NamedTuple):
@@ -95,14 +152,29 @@ class Broken(NamedTuple):
     reason: str
 
 
+class Sample(NamedTuple):
+    """What a video gave: uint8 [views, 3, T, H, W], its label and name, and the box erased.
+
+    The box is (top, left, height, width) in pixels, four zeros for none.
+    """
+
+    clips: Tensor
+    label: int
+    name: str
+    box: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
 class Batch(NamedTuple):
     """What the readable videos of a batch gave, and which were not.
 
-    `clips` is uint8 [B, views, 3, T, H, W] and `labels` int64 [B], both with B = 0 if none was.
+    `clips` is uint8 [B, views, 3, T, H, W], `labels` int64 [B], `boxes` int64 [B, 4], and there are
+    B names, all with B = 0 if none was.
     """
 
     clips: Tensor
     labels: Tensor
+    boxes: Tensor
+    names: list[str]
     broken: list[Broken]
 
 
@@ -115,57 +187,6 @@ def broken_summary(broken: list[Broken], limit: int = 20) -> str:
     return "\n".join([f"videos that could not be read: {len(videos)}", *lines])
 
 
-class ListError(ValueError):
-    """An annotation list that cannot be used: one sentence with file, line and reason."""
-
-
-def read_list(path: Path, num_classes: int | None = None) -> list[tuple[str, int]]:
-    """The (path, label) pairs of an annotation list; the label is the last word of a line.
-
-    Raises:
-        ListError: no such file, no lines, a line without an integer label, or one out of range.
-    """
-    if not path.is_file():
-        raise ListError(f"{path}: no such annotation list")
-    pairs = []
-    for number, line in enumerate(_read_lines(path), start=1):
-        words = line.rsplit(None, 1)
-        if not words:
-            continue
-        name, label = words[0].strip(), words[-1]
-        if len(words) == 1 or not label.isdecimal():
-            raise ListError(f"{path}:{number}: expected `path label`, got {line!r}")
-        if num_classes is not None and int(label) >= num_classes:
-            raise ListError(f"{path}:{number}: label must be below {num_classes}, got {label}")
-        pairs.append((name, int(label)))
-    if not pairs:
-        raise ListError(f"{path}: the annotation list has no lines")
-    return pairs
-
-
-def _read_lines(path: Path) -> list[str]:
-    """The lines of a text file in UTF-8, with or without a byte order mark."""
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ListError(f"{path}: must be UTF-8 text, got byte {error.start} in another") from None
-
-
-def read_class_names(path: Path) -> list[str]:
-    """The class names of a data set, one a line; raises ListError if there are none."""
-    lines = _read_lines(path) if path.is_file() else []
-    names = [line.strip() for line in lines if line.strip()]
-    if not names:
-        raise ListError(f"{path}: no such list of class names, or an empty one")
-    return names
-
-
-def stream(kind: str, *numbers: int) -> np.random.Generator:
-    """The generator of a named purpose and place in the run, independent of all others."""
-    # Length first: NumPy pads short seeds with zeros, so [1, 2] and [1, 2, 0] would be one.
-    return np.random.default_rng([len(numbers), *kind.encode(), *numbers])
-
-
 # How the frames of a test clip may be put, to see what a model makes of their order.
 FRAME_ORDERS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
     "as filmed": lambda frames, _: frames,
@@ -175,33 +196,51 @@ FRAME_ORDERS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]]
 }
 
 
+def open_listed(listed: Listed, settings: DataSettings) -> Video:
+    """A video of a list, opened; raises VideoError."""
+    path = Path(settings.root, listed.name)
+    if settings.layout == "frames":
+        return FrameFolder(path, listed.frames, settings.frame_name)
+    if settings.layout == "shards":
+        return open_video(member(settings.root, listed), settings.reader)
+    return open_video(path, settings.reader)
+
+
+def sample_test_clips(num_frames: int, settings: DataSettings, num_clips: int) -> np.ndarray:
+    """The frames of each clip of a video in testing, int64 [clips, T]."""
+    if settings.sampling == "uniform":
+        return sample_uniform(num_frames, clip_len=settings.clip_len)
+    return sample_interval(
+        num_frames,
+        clip_len=settings.clip_len,
+        interval=settings.interval,
+        num_clips=num_clips,
+        rule=settings.offsets,
+    )
+
+
 def read_test_clips(
-    path: str | Path,
+    video: Video,
     settings: DataSettings,
+    views: Views | None = None,
     reorder: Callable[[np.ndarray], np.ndarray] = lambda frames: frames,
 ) -> Tensor:
     """The views of a video in testing, uint8 [views, 3, T, H, W]; raises VideoError.
 
-    `reorder` puts the frame numbers of each clip in another order.
+    `views` are those of a test unless given; `reorder` puts the frame numbers of each clip in
+    another order.
     """
-    video = Video(path)
-    if settings.sampling == "uniform":
-        indices = sample_uniform(video.num_frames, clip_len=settings.clip_len)
-    else:
-        indices = sample_interval(
-            video.num_frames,
-            clip_len=settings.clip_len,
-            interval=settings.interval,
-            num_clips=settings.test_clips,
-        )
+    views = views or settings.test_views
+    indices = sample_test_clips(video.num_frames, settings, views.clips)
     frames = video.read(np.concatenate([reorder(clip) for clip in indices]))
-    transform = EvalTransform(settings.test_short_side, settings.crop, settings.test_crops)
+    transform = EvalTransform(views.short_side, settings.crop, views.crops)
     return transform(list(frames.split(settings.clip_len)))
 
 
-def read_train_clip(path: Path, settings: DataSettings, generator: np.random.Generator) -> Tensor:
-    """One random clip of a video, uint8 [1, 3, T, H, W]; raises VideoError."""
-    video = Video(path)
+def read_train_clip(
+    video: Video, settings: DataSettings, generator: np.random.Generator
+) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """One random clip of a video, uint8 [1, 3, T, H, W], and its erased box; raises VideoError."""
     if settings.sampling == "uniform":
         indices = sample_uniform(video.num_frames, clip_len=settings.clip_len, generator=generator)
     else:
@@ -211,97 +250,73 @@ def read_train_clip(path: Path, settings: DataSettings, generator: np.random.Gen
             interval=settings.interval,
             generator=generator,
         )
+    augment = None
+    if settings.augment == "randaugment":
+        augment = RandAugment(flip=settings.augment_flip)
     transform = TrainTransform(
-        settings.short_side, settings.crop, settings.area, settings.aspect, settings.flip
+        settings.short_side, settings.crop, settings.area, settings.aspect, settings.flip, augment
     )
-    return transform(video.read(indices[0]), generator)[None]
+    clip = transform(video.read(indices[0]), generator)[None]
+    box = None
+    if settings.erase:
+        box = erasing_box(settings.crop, settings.crop, generator, probability=settings.erase)
+    return clip, box or (0, 0, 0, 0)
 
 
 class VideoDataset(Dataset):
-    """Videos of an annotation list; a key is (epoch, index of the video).
+    """Videos of a list; a key is (epoch, index of the video).
 
-    With a `seed` it gives random clips for training, without one the views of testing.
+    With a `seed` it gives random clips for training, without one the `views` of testing.
     """
 
     def __init__(
         self,
-        videos: Sequence[tuple[str, int]],
+        videos: Sequence[Listed],
         settings: DataSettings,
         *,
         seed: int | None = None,
+        views: Views | None = None,
         frame_order: str = "as filmed",
     ) -> None:
         self.videos, self.settings, self.seed = videos, settings, seed
+        self.views = views or settings.test_views
         self.frame_order = frame_order
 
     def __len__(self) -> int:
         return len(self.videos)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | Broken:
+    @property
+    def num_clips(self) -> int:
+        """Clips of a video in testing; sampled uniformly there is one."""
+        return 1 if self.settings.sampling == "uniform" else self.views.clips
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample | Broken:
         epoch, index = key
-        name, label = self.videos[index]
-        path = Path(self.settings.root, name)
+        listed = self.videos[index]
         try:
+            video = open_listed(listed, self.settings)
             if self.seed is not None:
                 generator = stream("clip", self.seed, epoch, index)
-                return read_train_clip(path, self.settings, generator), label
+                clips, box = read_train_clip(video, self.settings, generator)
+                return Sample(clips, listed.label, listed.name, box)
             generator, order = stream("order", index), FRAME_ORDERS[self.frame_order]
-            clips = read_test_clips(path, self.settings, lambda frames: order(frames, generator))
-            return clips, label
+            clips = read_test_clips(
+                video, self.settings, self.views, lambda frames: order(frames, generator)
+            )
+            return Sample(clips, listed.label, listed.name)
         except VideoError as error:
-            return Broken(name, error.reason)
+            return Broken(listed.name, error.reason)
 
 
-class EpochBatches(Sampler):
-    """The keys of each step's batch, from `first_step` to the last step of the last epoch.
-
-    Each epoch is a permutation of its own of all videos; its last batch may be smaller. Of a batch,
-    the process `rank` of `world` has every `world`-th key: all of them together have each key once,
-    and some have one key fewer than others, or none.
-    """
-
-    def __init__(
-        self,
-        num_videos: int,
-        batch_size: int,
-        seed: int,
-        epochs: int,
-        first_step: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self.num_videos, self.batch_size, self.seed = num_videos, batch_size, seed
-        self.steps_per_epoch = -(-num_videos // batch_size)
-        self.num_steps = self.steps_per_epoch * epochs
-        self.first_step, self.rank, self.world = first_step, rank, world
-
-    def __len__(self) -> int:
-        return max(self.num_steps - self.first_step, 0)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order, order_epoch = None, None
-        for step in range(self.first_step, self.num_steps):
-            epoch, batch = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                order = stream("epoch", self.seed, epoch).permutation(self.num_videos)
-                order_epoch = epoch
-            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [(epoch, int(index)) for index in chosen[self.rank :: self.world]]
-
-    def share_of(self, step: int) -> int:
-        """How many keys of a step's batch a process has at most."""
-        first = step % self.steps_per_epoch * self.batch_size
-        return -(-min(self.batch_size, self.num_videos - first) // self.world)
-
-
-def collate(samples: list[tuple[Tensor, int] | Broken]) -> Batch:
+def collate(samples: list[Sample | Broken]) -> Batch:
     """One `Batch` of what a list of keys gave."""
     broken = [sample for sample in samples if isinstance(sample, Broken)]
     read = [sample for sample in samples if not isinstance(sample, Broken)]
-    clips = [clips for clips, _ in read]
     return Batch(
-        torch.stack(clips) if clips else torch.empty(0, dtype=torch.uint8),
-        torch.tensor([label for _, label in read], dtype=torch.int64),
+        torch.stack([each.clips for each in read]) if read else torch.empty(0, dtype=torch.uint8),
+        torch.tensor([each.label for each in read], dtype=torch.int64),
+        torch.tensor([each.box for each in read], dtype=torch.int64).reshape(-1, 4),
+        [each.name for each in read],
         broken,
     )
 
@@ -327,9 +342,3 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def ordered_batches(num_videos: int, batch_size: int) -> list[list[tuple[int, int]]]:
-    """The keys of a pass over all videos in order, each once."""
-    keys = [(0, index) for index in range(num_videos)]
-    return [keys[start : start + batch_size] for start in range(0, num_videos, batch_size)]

@@ -5,40 +5,29 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from model import VideoSwin
+from model.weights.files import WeightsError
 from train.allocator import set_allocator
-from train.checkpoint import CheckpointError, load_checkpoint, restore_weights
-from train.data import (
-    FRAME_ORDERS,
-    Broken,
-    DataSettings,
-    ListError,
-    VideoDataset,
-    broken_summary,
-    build_loader,
-    ordered_batches,
-    read_class_names,
-    read_list,
-)
+from train.batches import ordered_batches
+from train.checkpoint import CheckpointError
+from train.data import FRAME_ORDERS, Broken, VideoDataset, broken_summary, build_loader
+from train.lists import ListError
 from train.metrics import mean_class_accuracy, top_k_accuracy, video_scores
-from train.parallel import Group
+from train.parallel import Group, joined
 from train.prefetch import WorkerError, steady
-from train.recipe import (
-    Recipe,
-    add_machine_options,
-    build_model,
-    differences,
-    recipe_of,
-    resolve_recipe,
-)
+from train.recipe import LoopSettings, Recipe, add_machine_options, differences, resolve_recipe
+from train.recipes import RECIPES
+from train.results import compare, write_results
 from train.synthetic import CLASSES, OPPOSITE
+from train.trained import PUBLISHED, Trained, load_trained, names_of
 from train.transforms import normalize
+from train.video import ReaderError
 from videoswin_kernels.selection import UnavailableError
 
 
@@ -49,11 +38,13 @@ class Evaluation:
     Attributes:
         scores: float32 [videos, classes], probabilities averaged over views.
         labels: int64 [videos].
+        names: those of the videos in the list.
         broken: the videos that could not be read.
     """
 
     scores: Tensor
     labels: Tensor
+    names: list[str]
     broken: list[Broken]
 
     @property
@@ -83,72 +74,62 @@ class Evaluation:
 def evaluate(
     model: nn.Module,
     dataset: VideoDataset,
-    batch_size: int,
+    loop: LoopSettings,
     device: torch.device,
     group: Group | None = None,
     stops: Callable[[], bool] | None = None,
+    precision: str = "float32",
 ) -> Evaluation | None:
     """The model, in eval mode, on each video of `dataset` once, in the order of the list.
 
     Of a `group` each process takes every so many-th batch, and all have the whole result. `stops`
-    is asked after each batch, and where it says so there is none.
+    is asked after each batch, and where it says so there is none. Upstream tests in float32.
 
     Raises:
         WorkerError: data workers die again and again.
     """
     model.eval()
     group = group or Group(device)
-    batches = ordered_batches(len(dataset), batch_size)
+    batches = ordered_batches(len(dataset), loop.test_batch_size)
     own, found = batches[group.rank :: group.world], []
     read = steady(lambda: build_loader(dataset, own[len(found) :], device), device)
-    # A model in parts computes with all processes or with none.
+    dtype, settings = getattr(torch, precision), dataset.settings
+    num_views = dataset.views.crops * dataset.num_clips
     for _ in range(-(-len(batches) // group.world)):
         batch = next(read, None)
         scores = torch.empty(0, 1)
-        if batch is not None and len(batch.labels):
-            scores = video_scores(model(normalize(batch.clips.to(device)))).cpu()
-        elif group.world > 1:
-            model(normalize(_black_clip(dataset.settings).to(device)))
+        with nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype):
+            if batch is not None and len(batch.labels):
+                clips = batch.clips.to(device)
+                scores = video_scores(view_logits(model, clips, loop.views_per_pass)).cpu()
+            elif group.world > 1:
+                # A model in parts computes with all processes, as often as they do, or with none.
+                shape = (3, settings.clip_len, settings.crop, settings.crop)
+                passes = -(-num_views // (loop.views_per_pass or num_views))
+                black = torch.zeros(1, passes, *shape, dtype=torch.uint8, device=device)
+                view_logits(model, black, 1)
         if batch is not None:
-            found.append((scores, batch.labels.cpu(), batch.broken))
+            found.append((scores, batch.labels.cpu(), batch.names, batch.broken))
         if stops and stops():
             return None
     shares = group.gather(found)
     parts = [shares[n % group.world][n // group.world] for n in range(len(batches))]
-    some = [(scores, labels) for scores, labels, _ in parts if len(labels)]
-    broken = [each for _, _, unread in parts for each in unread]
+    some = [(scores, labels) for scores, labels, _, _ in parts if len(labels)]
+    names = [name for _, _, read_ones, _ in parts for name in read_ones]
+    broken = [each for _, _, _, unread in parts for each in unread]
     if not some:
-        return Evaluation(torch.empty(0, 1), torch.empty(0, dtype=torch.int64), broken)
+        return Evaluation(torch.empty(0, 1), torch.empty(0, dtype=torch.int64), names, broken)
     scores, labels = zip(*some, strict=True)
-    return Evaluation(torch.cat(scores), torch.cat(labels), broken)
+    return Evaluation(torch.cat(scores), torch.cat(labels), names, broken)
 
 
-def _black_clip(settings: DataSettings) -> Tensor:
-    """uint8 [1, 3, T, H, W] of zeros."""
-    return torch.zeros(1, 3, settings.clip_len, settings.crop, settings.crop, dtype=torch.uint8)
+def view_logits(model: nn.Module, clips: Tensor, views_per_pass: int) -> Tensor:
+    """Logits [B, views, classes] of clips, uint8 [B, views, 3, T, H, W].
 
-
-def load_trained(
-    path: str | Path, kernels: str, device: torch.device
-) -> tuple[VideoSwin, Recipe, list[str]]:
-    """The model of a checkpoint in eval mode, its recipe, and its class names.
-
-    Raises:
-        CheckpointError: `path` cannot be read, was not written by `python -m train`, or
-            holds another model.
+    So many views of each video go through the model at a time, 0 all: memory, and no number.
     """
-    state = load_checkpoint(path)
-    recipe, classes = recipe_of(state, path), state["classes"]
-    try:
-        model = build_model(recipe.model, len(classes), kernels)
-    except ValueError as error:
-        raise CheckpointError(f"cannot load {path}: {error}") from error
-    restore_weights(model, state["model"], Path(path))
-    return model.to(device).eval(), recipe, classes
-
-
-# What `python -m train.evaluate` lets one set.
-TEST_FIELDS = ("data.", "loop.test_batch_size")
+    parts = clips.split(views_per_pass or clips.shape[1], dim=1)
+    return torch.cat([model(normalize(part)) for part in parts], dim=1)
 
 
 def print_frame_orders(results: dict[str, Evaluation], opposite: tuple[int, ...] | None) -> None:
@@ -162,48 +143,108 @@ def print_frame_orders(results: dict[str, Evaluation], opposite: tuple[int, ...]
         print(line)
 
 
+# What `python -m train.evaluate` lets one set.
+TEST_FIELDS = ("data.", "loop.test_batch_size", "loop.views_per_pass")
+REFUSALS = (
+    *(CheckpointError, ListError, UnavailableError, WeightsError, WorkerError, ReaderError),
+)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate as the command line says; the exit status: 0 done, 1 refused."""
     parser = argparse.ArgumentParser(
         prog="python -m train.evaluate",
         description="Test a trained model: views averaged after the softmax, each video once.",
-        epilog="Fields of the checkpoint's recipe that say what is tested, and how many at a "
-        "time, can be set: --data.root=DIR --loop.test-batch-size=8 ...",
+        epilog="Fields of the recipe that say what is tested, and how much at a time, can be set: "
+        "--data.root=DIR --loop.views-per-pass=4 ...",
     )
-    parser.add_argument("--checkpoint", required=True, metavar="FILE")
+    add_trained_options(parser)
+    parser.add_argument(
+        "--published",
+        choices=PUBLISHED,
+        metavar="NAME",
+        help="released weights by the recipe's name, fetched once; prints the published numbers: "
+        + ", ".join(PUBLISHED),
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="evaluation.json, predictions.csv, confusion.png"
+    )
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16", "float16"), default="float32"
+    )
     parser.add_argument(
         "--frame-orders", action="store_true", help="also still, shuffled, reversed"
     )
     add_machine_options(parser)
     options, overrides = parser.parse_known_args(arguments)
-    print(set_allocator(options.allocator))
-    device = torch.device(options.device)
+    if (options.checkpoint is None) == (options.published is None):
+        parser.error("one of --checkpoint and --published is needed")
+    if options.published:
+        published = PUBLISHED[options.published]
+        options.recipe, options.checkpoint = options.published, published.weights
+    allocator = set_allocator(options.allocator)
     try:
-        model, recipe, classes = load_trained(options.checkpoint, options.kernels, device)
-        trained, recipe = recipe, resolve_recipe(recipe, overrides)
-        if deaf := [d for d in differences(trained, recipe) if not d.startswith(TEST_FIELDS)]:
-            parser.error(f"{'; '.join(deaf)}: a trained model takes fields of data alone")
-        data = recipe.data
-        names = Path(data.root, data.class_names)
-        if names.is_file() and read_class_names(names) != classes:
-            raise ListError(f"{names}: these are not the class names of {options.checkpoint}")
-        videos = read_list(Path(data.root, data.test_list), len(classes))
-        results = {}
-        for order in FRAME_ORDERS if options.frame_orders else ["as filmed"]:
-            dataset = VideoDataset(videos, data, frame_order=order)
-            results[order] = evaluate(model, dataset, recipe.loop.test_batch_size, device)
-    except (CheckpointError, ListError, UnavailableError, WorkerError) as error:
+        with joined(options.device) as group:
+            if group.is_first:
+                print(allocator)
+            trained = load_trained(
+                options.checkpoint, options.kernels, group.device, options.recipe
+            )
+            recipe = resolve_recipe(trained.recipe, overrides)
+            changed = differences(trained.recipe, recipe)
+            if deaf := [each for each in changed if not each.startswith(TEST_FIELDS)]:
+                parser.error(f"{'; '.join(deaf)}: a trained model takes fields of data alone")
+            return _evaluate(trained, recipe, options, group)
+    except REFUSALS as error:
         print(error, file=sys.stderr)
-        return 1
+    except OSError as error:
+        print(f"{error.filename}: {(error.strerror or str(error)).lower()}", file=sys.stderr)
+    return 1
+
+
+def add_trained_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say which trained model."""
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="of a run; or weights of upstream, torchvision, ..."
+    )
+    parser.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        metavar="NAME",
+        help="how videos are read for weights, which have no recipe with them",
+    )
+
+
+def _evaluate(trained: Trained, recipe: Recipe, options: argparse.Namespace, group: Group) -> int:
+    """Tests in this process, of which the first tells; the exit status."""
+    data = recipe.data
+    path = Path(data.root, data.class_names)
+    trained = trained.named(names_of(path), path)
+    model, classes = trained.model, trained.classes
+    videos = data.read(data.test_list, classes)
+    results = {}
+    for order in FRAME_ORDERS if options.frame_orders else ["as filmed"]:
+        dataset = VideoDataset(videos, data, frame_order=order)
+        results[order] = evaluate(
+            model, dataset, recipe.loop, group.device, group, precision=options.precision
+        )
     filmed = results["as filmed"]
+    if not group.is_first:
+        return int(not len(filmed.labels))
     if filmed.broken:
         print(broken_summary(filmed.broken))
     if not len(filmed.labels):
         print(f"none of the {len(videos)} test videos could be read", file=sys.stderr)
         return 1
     print(filmed)
+    if options.published:
+        print(compare(filmed, PUBLISHED[options.published]))
     if options.frame_orders:
         print_frame_orders(results, OPPOSITE if tuple(classes) == CLASSES else None)
+    if options.output:
+        views = f"{dataset.num_clips} x {dataset.views.crops}"
+        notes = {"checkpoint": str(options.checkpoint), "list": data.test_list, "views": views}
+        write_results(options.output, filmed, classes, {**notes, "precision": options.precision})
     return 0
 
 

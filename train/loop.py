@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,15 +16,12 @@ from tqdm import tqdm
 
 from model import VideoSwin
 from model.weights.files import write_atomically
+from train.batches import EpochBatches, stream
 from train.checkpoint import newest_first
 from train.data import (
     Batch,
-    EpochBatches,
     VideoDataset,
     build_loader,
-    read_class_names,
-    read_list,
-    stream,
 )
 from train.evaluate import Evaluation, evaluate
 from train.meter import Meter
@@ -114,16 +110,16 @@ class Run:
         if is_in_parts and loop.precision == "float16":
             # The scaled loss's check looks at this process's part of the gradients alone.
             raise RunError("loop.precision=float16 is not for parts (fsdp), bfloat16 is")
-        self.classes = read_class_names(Path(data.root, data.class_names))
-        videos = read_list(Path(data.root, data.train_list), len(self.classes))
-        self.test_videos = read_list(Path(data.root, data.test_list), len(self.classes))
+        self.classes = data.read_class_names()
+        videos = data.read(data.train_list, self.classes)
+        self.test_videos = data.read(data.test_list, self.classes)
         self.output.mkdir(parents=True, exist_ok=True)
         self.dataset = VideoDataset(videos, data, seed=loop.seed)
         self.step, self.lr, self.best_top1, self.skipped, self.tested = 0, nan, -inf, 0, 0
         self.broken: dict[str, str] = {}
         self.broken_test: dict[str, str] = {}
         has_begun = bool(newest_first(self.output))
-        self._agree("recipe, videos, --output", has_begun, to_dict(recipe), self.videos_digest)
+        self._agree("recipe, videos, --output", has_begun, to_dict(recipe), videos.digest)
         if has_begun and not resume:
             raise RunError(
                 f"{self.output} already holds a run; --resume continues it, "
@@ -157,6 +153,7 @@ class Run:
         self.report = Report(
             self.output,
             self.step,
+            self.tested,
             is_first=self.group.is_first,
             has_tensorboard=has_tensorboard,
         )
@@ -167,14 +164,9 @@ class Run:
             raise RunError(f"the processes of the run do not have the same {of}")
 
     @property
-    def videos_digest(self) -> str:
-        """What the list of training videos is recognised by: its order decides every batch."""
-        return hashlib.sha256(json.dumps(self.dataset.videos).encode()).hexdigest()
-
-    @property
     def classes_without_videos(self) -> list[str]:
         """Names of classes that no training video is of."""
-        labels = {label for _, label in self.dataset.videos}
+        labels = set(self.dataset.videos.labels.tolist())
         return [name for number, name in enumerate(self.classes) if number not in labels]
 
     @property
@@ -282,8 +274,9 @@ class Run:
         if count:
             clips = batch.clips[:, 0] if len(batch.labels) else batch.clips
             num_passes = self.stepper.num_passes(self.batches().share_of(self.step))
+            boxes = batch.boxes.to(self.device) if self.recipe.data.erase else None
             taken = self.stepper.step(
-                clips.to(self.device), batch.labels.to(self.device), count, num_passes
+                clips.to(self.device), batch.labels.to(self.device), count, num_passes, boxes
             )
             self.skipped += taken.is_skipped
         meter.add(taken, count, waited)
@@ -310,7 +303,7 @@ class Run:
             RunError: there was nothing to train on, or there is nothing to test on.
         """
         self._rest()
-        if len(self.broken) == len(dict(self.dataset.videos)):
+        if all(name in self.broken for name in self.dataset.videos.names()):
             path, reason = next(iter(self.broken.items()))
             raise RunError(
                 f"none of the {len(self.broken)} training videos could be read, "
@@ -339,13 +332,13 @@ class Run:
         return True
 
     def evaluate(self, stops: Callable[[], bool] | None = None) -> Evaluation | None:
-        """The model on the test videos, of which each process has its share.
+        """The model on the test videos, of which each process has its share, in the `val_views`.
 
         None if `stops`, asked after each batch, says so.
         """
-        dataset = VideoDataset(self.test_videos, self.recipe.data)
-        size = self.recipe.loop.test_batch_size
-        return evaluate(self.module, dataset, size, self.device, self.group, stops)
+        data, loop = self.recipe.data, self.recipe.loop
+        dataset = VideoDataset(self.test_videos, data, views=data.val_views)
+        return evaluate(self.module, dataset, loop, self.device, self.group, stops)
 
     def _report(self, kind: str, numbers: dict[str, float]) -> None:
         self.report.add(kind, self.step, self.step / self.steps_per_epoch, self.lr, numbers)
@@ -372,7 +365,7 @@ class Run:
             "step": self.step,
             "best_top1": self.best_top1,
             "broken": self.broken,
-            "videos": self.videos_digest,
+            "videos": self.dataset.videos.digest,
             "scaler": self.stepper.scaler.state_dict(),
             "skipped": self.skipped,
             "tested": self.tested,
@@ -392,7 +385,7 @@ class Run:
             raise RunError(f"{path} was made with another recipe: {'; '.join(changed)}")
         if rest["classes"] != self.classes:
             raise RunError(f"{path} was made with other class names")
-        if rest["videos"] != self.videos_digest:
+        if rest["videos"] != self.dataset.videos.digest:
             raise RunError(
                 f"{path} was made with another {self.recipe.data.train_list}; a changed list "
                 "needs a run of its own (--output)"

@@ -19,9 +19,12 @@ def video_scores(logits: Tensor) -> Tensor:
 def top_k_accuracy(scores: Tensor, labels: Tensor, k: int) -> float:
     """Share of the rows of `scores` [B, classes] whose label [B] is among the k highest; 0 to 1.
 
-    NaN without rows; k above the number of classes counts them all.
+    Of equal scores the class of the larger number is the higher, as upstream's `argsort` leaves
+    them in short rows. NaN without rows; k above the number of classes counts them all.
+
+    Source: mmaction2 0.15 `top_k_accuracy`.
     """
-    best = scores.topk(min(k, scores.shape[1]), dim=1).indices
+    best = scores.argsort(dim=1, stable=True)[:, -k:]
     return (best == labels[:, None]).any(dim=1).double().mean().item()
 
 

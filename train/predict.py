@@ -1,56 +1,247 @@
-"""`python -m train.predict VIDEO... --checkpoint C`: the likeliest classes of video files."""
+"""`python -m train.predict VIDEO_OR_FOLDER... --checkpoint C`: the likeliest classes of videos."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
+from model.weights.files import shown, write_atomically
 from train.allocator import set_allocator
-from train.checkpoint import CheckpointError
-from train.data import read_test_clips
-from train.evaluate import load_trained
+from train.data import DataSettings, read_test_clips, sample_test_clips
+from train.evaluate import REFUSALS, TEST_FIELDS, add_trained_options, view_logits
+from train.given import Given, check_names, given_videos
+from train.lists import read_class_names
 from train.metrics import video_scores
-from train.recipe import add_machine_options, count
-from train.transforms import normalize
-from train.video import VideoError
+from train.recipe import Recipe, add_machine_options, count, differences, resolve_recipe
+from train.trained import Trained, load_trained, names_of
+from train.video import VideoError, open_video
 from videoswin_kernels import explain
-from videoswin_kernels.selection import UnavailableError
+
+# Classes on a contact sheet.
+_SHEET_TOP = 5
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model made of a video.
+
+    Attributes:
+        video: which.
+        num_frames, fps: its length in frames, and frames/s, 0 where the file does not tell.
+        frames: int64 [clips, T], numbers of the frames that were looked at.
+        scores: float32 [classes], probabilities averaged over views.
+        clip: uint8 [3, T, H, W], the middle clip in its centre crop, as the model saw it.
+    """
+
+    video: Given
+    num_frames: int
+    fps: float
+    frames: np.ndarray
+    scores: Tensor
+    clip: Tensor
+
+    @property
+    def shown_frames(self) -> np.ndarray:
+        """The frame numbers of `clip`, int64 [T]."""
+        return self.frames[len(self.frames) // 2]
+
+    def top(self, k: int, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """The `k` likeliest classes, or all of fewer: label, name and probability."""
+        best = self.scores.cpu().topk(min(k, len(classes)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [{"label": n, "name": classes[n], "probability": share} for n, share in pairs]
+
+
+def predictions(
+    model: nn.Module,
+    videos: Iterable[Given],
+    recipe: Recipe,
+    device: torch.device,
+    precision: str = "float32",
+) -> Iterator[Prediction | VideoError]:
+    """What the model, in eval mode, makes of each video, or why it could not be read, in order.
+
+    The next video is read before an answer is given: a GPU computes meanwhile.
+    """
+
+    def predict(video: Given) -> Prediction | VideoError:
+        try:
+            found = _read(video, recipe.data)
+        except VideoError as error:
+            return error
+        num_frames, fps, frames, clips = found
+        with torch.inference_mode(), casting(device, precision):
+            logits = view_logits(model, clips[None].to(device), recipe.loop.views_per_pass)
+            scores = video_scores(logits)[0]
+        # The views of a crop follow each other, and the centre comes last.
+        middle = len(clips) - len(frames) + len(frames) // 2
+        return Prediction(video, num_frames, fps, frames, scores, clips[middle].clone())
+
+    return one_behind(map(predict, videos))
+
+
+def _read(video: Given, data: DataSettings) -> tuple[int, float, np.ndarray, Tensor]:
+    """Frames, frames/s, the sampled ones int64 [clips, T], and views; raises VideoError."""
+    opened = open_video(video.path, data.reader)
+    frames = sample_test_clips(opened.num_frames, data, data.test_clips)
+    return opened.num_frames, opened.fps, frames, read_test_clips(opened, data)
+
+
+def casting(device: torch.device, precision: str) -> AbstractContextManager:
+    """Autocast to a dtype by its name; nothing for float32."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, precision))
+
+
+def one_behind(items: Iterable[T]) -> Iterator[T]:
+    """Each item, once the one after it has been made."""
+    held: list[T] = []
+    for item in items:
+        yield from held
+        held = [item]
+    yield from held
+
+
+def table(prediction: Prediction, top: int, classes: Sequence[str]) -> str:
+    """The path of a video, and a line for each of its likeliest classes."""
+    lines = [
+        f"  {rank}. {each['name']:<40} {each['probability']:>7.2%}"
+        for rank, each in enumerate(prediction.top(top, classes), start=1)
+    ]
+    return "\n".join([shown(prediction.video.path), *lines])
+
+
+def as_json(result: Prediction | VideoError, top: int, classes: Sequence[str]) -> dict[str, Any]:
+    """What is known of a video, in what JSON has."""
+    if isinstance(result, VideoError):
+        return {"video": result.path, "error": result.reason}
+    return {
+        "video": result.video.path,
+        "num_frames": result.num_frames,
+        "fps": result.fps,
+        "frames": result.frames.tolist(),
+        "top": result.top(top, classes),
+    }
+
+
+def draw(prediction: Prediction, classes: Sequence[str], folder: Path) -> None:
+    """Writes the contact sheet of a video below `folder`; raises OSError."""
+    # Imported here: no other use needs a library for pictures.
+    from train.contact_sheet import contact_sheet
+
+    frames, top = prediction.frames, prediction.top(_SHEET_TOP, classes)
+    seconds = f", {prediction.num_frames / prediction.fps:.1f} s" if prediction.fps else ""
+    clip = f"clip {len(frames) // 2 + 1} of {len(frames)}, centre crop"
+    sheet = contact_sheet(
+        prediction.clip,
+        prediction.shown_frames.tolist(),
+        prediction.fps,
+        title=prediction.video.name,
+        note=f"{prediction.num_frames} frames{seconds}; {clip}",
+        bars=[(each["name"], each["probability"]) for each in top],
+    )
+    path = folder / f"{prediction.video.name}.png"
+    write_atomically(path, lambda file: sheet.save(file, format="png"))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Predict as the command line says; the exit status: 0 all read, 1 one was not."""
+    """Predict as the command line says; the exit status: 0 all read, 1 one was not, or refused."""
     parser = argparse.ArgumentParser(
-        prog="python -m train.predict", description="Name the likeliest classes of videos."
+        prog="python -m train.predict",
+        description="Name the likeliest classes of videos: files, all below folders, and those of "
+        "lists (.txt, a path a line).",
+        epilog="Fields of the recipe that say how videos are read, and how much at a time, can be "
+        "set: --data.test-clips=1 --data.test-crops=1 --data.reader=pyav ...",
     )
-    parser.add_argument("videos", nargs="+", metavar="VIDEO")
-    parser.add_argument("--checkpoint", required=True, metavar="FILE")
+    parser.add_argument("videos", nargs="+", metavar="VIDEO_OR_FOLDER")
+    add_trained_options(parser)
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="names for weights without any, one a line"
+    )
     parser.add_argument("--top", type=count, default=5, metavar="K", help="classes shown (5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all that is known of them")
+    parser.add_argument(
+        "--sheet", type=Path, metavar="DIR", help="a picture a video: what was seen, and the top 5"
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     add_machine_options(parser)
-    options = parser.parse_args(arguments)
+    options, overrides = parser.parse_known_args(arguments)
+    if options.checkpoint is None:
+        parser.error("--checkpoint is needed")
     set_allocator(options.allocator)
     device = torch.device(options.device)
     try:
-        model, recipe, classes = load_trained(options.checkpoint, options.kernels, device)
-        explain(model)
-    except (CheckpointError, UnavailableError) as error:
+        videos = given_videos(options.videos)
+        if options.sheet:
+            check_names(videos)
+        trained = load_trained(options.checkpoint, options.kernels, device, options.recipe)
+        recipe = resolve_recipe(trained.recipe, overrides)
+        changed = differences(trained.recipe, recipe)
+        if deaf := [each for each in changed if not each.startswith(TEST_FIELDS)]:
+            parser.error(f"{'; '.join(deaf)}: a trained model takes fields of data alone")
+        trained = _named(trained, recipe, options.classes)
+        explain(trained.model)
+        return _predict(trained, recipe, videos, options, device)
+    except REFUSALS as error:
         print(error, file=sys.stderr)
-        return 1
-    status = 0
-    for path in options.videos:
-        try:
-            clips = read_test_clips(path, recipe.data)
-        except VideoError as error:
-            print(error, file=sys.stderr)
-            status = 1
-            continue
-        scores = video_scores(model(normalize(clips[None].to(device))))[0]
-        best = scores.topk(min(options.top, len(classes)))
-        print(path)
-        for rank, (score, label) in enumerate(zip(*best, strict=True), start=1):
-            print(f"  {rank}. {classes[label]:<40} {score:>7.2%}")
-    return status
+    except OSError as error:
+        print(f"{error.filename}: {(error.strerror or str(error)).lower()}", file=sys.stderr)
+    return 1
+
+
+def _named(trained: Trained, recipe: Recipe, path: Path | None) -> Trained:
+    """With the class names of a file, or, where weights have none, of the recipe's data set."""
+    if path is not None:
+        return trained.named(read_class_names(path), path)
+    if trained.has_names:
+        return trained
+    path = Path(recipe.data.root, recipe.data.class_names)
+    return trained.named(names_of(path), path)
+
+
+def _predict(
+    trained: Trained,
+    recipe: Recipe,
+    videos: list[Given],
+    options: argparse.Namespace,
+    device: torch.device,
+) -> int:
+    """Tells of each video as soon as it is known, and writes what was asked for."""
+    classes, told, broken = trained.classes, [], 0
+    for result in predictions(trained.model, videos, recipe, device, options.precision):
+        if isinstance(result, VideoError):
+            print(result, file=sys.stderr)
+            broken += 1
+        else:
+            print(table(result, options.top, classes), flush=True)
+            if options.sheet:
+                draw(result, classes, options.sheet)
+        if options.json:
+            told.append(as_json(result, options.top, classes))
+    if broken and len(videos) > 1:
+        print(f"{broken} of {len(videos)} videos could not be read")
+    if options.json:
+        notes = {"checkpoint": str(options.checkpoint), "precision": options.precision}
+        views = {"clips": recipe.data.test_clips, "crops": recipe.data.test_crops}
+        # A line a video: the numbers of its frames are many.
+        lines = ",\n".join(map(json.dumps, told))
+        text = f'{json.dumps({**notes, "views": views})[:-1]}, "videos": [\n{lines}\n]}}\n'
+        write_atomically(options.json, lambda file: file.write(text.encode()))
+    return int(broken > 0)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import queue
 import signal
 import sys
@@ -40,12 +42,14 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
             with torch.cuda.stream(stream):
                 clips = batch.clips.to(device, non_blocking=True)
                 labels = batch.labels.to(device, non_blocking=True)
-                yield batch._replace(clips=clips, labels=labels), stream.record_event()
+                boxes = batch.boxes.to(device, non_blocking=True)
+                copied = batch._replace(clips=clips, labels=labels, boxes=boxes)
+                yield copied, stream.record_event()
 
     for batch, is_copied in ahead(copies()):
         current = torch.cuda.current_stream(device)
         current.wait_event(is_copied)
-        for tensor in (batch.clips, batch.labels):
+        for tensor in (batch.clips, batch.labels, batch.boxes):
             # Freed here, the memory is reused there: not before this stream is done with it.
             tensor.record_stream(current)
         yield batch
@@ -138,4 +142,18 @@ def _begun(loader: DataLoader) -> Iterator[Batch]:
     if threading.current_thread() is threading.main_thread():
         is_torch = getattr(before, "__module__", None) == signal_handling.__name__
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if is_torch or not before else before)
+    # Before torch's own, which are called in the opposite order.
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)
     return batches
+
+
+def _end_workers() -> None:
+    """Kills the workers that are left where an error ends the program.
+
+    They ignore SIGTERM (`train.data.build_loader`); torch would wait five seconds for each, and
+    Python, where the error still holds the loader, for ever.
+    """
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

@@ -67,6 +67,7 @@ class LoopSettings:
             passes as it needs of them. 0: all of its clips at once.
         precision: dtype that the model is autocast to; float16 has its loss scaled.
         test_batch_size: videos per step of testing.
+        views_per_pass: views of each of them that go through the model at a time, 0 all.
         evaluate_every: epochs between tests; the last epoch is always tested.
         report_every: steps between lines of metrics.jsonl.
         checkpoint_every: steps between checkpoints, beside the one after each epoch; 0 = none.
@@ -80,6 +81,7 @@ class LoopSettings:
     clips_per_pass: int = 0
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     test_batch_size: int = 1
+    views_per_pass: int = 0
     evaluate_every: int = 5
     report_every: int = 20
     checkpoint_every: int = 1000
@@ -94,7 +96,7 @@ class LoopSettings:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"loop.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("clips_per_pass", "checkpoint_every"):
+        for name in ("clips_per_pass", "views_per_pass", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"loop.{name} must be 0 or more, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**31:
@@ -164,6 +166,7 @@ FREE_FIELDS = {
     "data.workers",
     "loop.clips_per_pass",
     "loop.test_batch_size",
+    "loop.views_per_pass",
     "loop.evaluate_every",
     "loop.report_every",
     "loop.checkpoint_every",

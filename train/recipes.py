@@ -26,6 +26,7 @@ def _released(
     lr: float,
     weight_decay: float,
     clips_per_pass: int = 1,
+    views_per_pass: int = 4,
 ) -> Recipe:
     """What the released Kinetics configurations have in common, and what not."""
     return Recipe(
@@ -33,11 +34,20 @@ def _released(
         data=_KINETICS,
         optim=OptimSettings(lr=lr, weight_decay=weight_decay),
         # apex's O1 is float16 with a scaled loss.
-        loop=LoopSettings(clips_per_pass=clips_per_pass, precision="float16"),
+        loop=LoopSettings(
+            clips_per_pass=clips_per_pass, precision="float16", views_per_pass=views_per_pass
+        ),
     )
 
 
-_SWIN_B_22K = _released("swin_b", weights="in22k", drop_path_rate=0.2, lr=3e-4, weight_decay=0.05)
+_SWIN_B_22K = _released(
+    "swin_b",
+    weights="in22k",
+    drop_path_rate=0.2,
+    lr=3e-4,
+    weight_decay=0.05,
+    views_per_pass=2,
+)
 
 RECIPES: dict[str, Recipe] = {
     "swin_t_k400_1k": _released(
@@ -56,28 +66,38 @@ RECIPES: dict[str, Recipe] = {
     ),
     "swin_b_k400_22k": _SWIN_B_22K,
     "swin_b_k600_22k": replace(_SWIN_B_22K, data=DataSettings(root="data/kinetics600")),
-    # One frame of each of 32 segments, one clip and three crops in testing. Nothing is flipped: to
-    # push something from left to right is another class than from right to left.
+    # One frame of each of 32 segments, one clip and three crops in testing. To push something from
+    # left to right is another class than from right to left: nothing is meant to be flipped, and
+    # half of all clips are, by upstream's RandAugment. `data.augment_flip=0` mends it.
     "swin_b_w1677_sthv2": Recipe(
         model=ModelSettings(
             name="swin_b_w1677", weights="k400_22k", fresh=("cls_head",), drop_path_rate=0.4
         ),
-        data=DataSettings(root="data/sthv2", sampling="uniform", flip=0.0, test_clips=1, workers=1),
+        data=DataSettings(
+            root="data/sthv2",
+            sampling="uniform",
+            flip=0.0,
+            augment="randaugment",
+            augment_flip=0.5,
+            erase=0.25,
+            test_clips=1,
+            workers=1,
+        ),
         optim=OptimSettings(lr=3e-4, weight_decay=0.05, label_smoothing=0.1),
-        loop=LoopSettings(epochs=60, clips_per_pass=1, precision="float16"),
+        loop=LoopSettings(epochs=60, clips_per_pass=1, precision="float16", views_per_pass=2),
     ),
     # No configuration of it was released; these are mmaction2's numbers.
     "swin_l_k400_22k": Recipe(
         model=ModelSettings(name="swin_l", weights="in22k", drop_path_rate=0.4),
-        data=_KINETICS,
+        data=replace(_KINETICS, offsets="mmaction2"),
         optim=OptimSettings(lr=1e-3, weight_decay=0.05, groups="mmaction2"),
         loop=LoopSettings(clips_per_pass=8, precision="float16", evaluate_every=3),
     ),
     # Ours, for own videos: a trained model, a quarter of the clips a step at a quarter of the rate,
-    # few epochs, tested after each on two clips.
+    # few epochs, tested after each. PyAV, as phones and cameras make files that decord misreads.
     "finetune": Recipe(
         model=ModelSettings(name="swin_t", weights="k400", fresh=("cls_head",)),
-        data=DataSettings(root="data/own", test_clips=2, test_crops=1),
+        data=DataSettings(root="data/own", reader="pyav"),
         optim=OptimSettings(lr=2.5e-4, schedule="cosine", warmup_epochs=1),
         loop=LoopSettings(
             epochs=15, batch_size=16, clips_per_pass=4, precision="bfloat16", evaluate_every=1
@@ -99,6 +119,7 @@ RECIPES: dict[str, Recipe] = {
             test_clips=1,
             test_crops=1,
             test_short_side=36,
+            val_short_side=36,
             workers=1,
         ),
         optim=OptimSettings(lr=1e-2, backbone_lr=0.05, warmup_epochs=1),

@@ -19,6 +19,7 @@ class Report:
     Args:
         output: the folder of the run.
         step: that of the run's checkpoint: what steps after it reported, they report again.
+        tested: the step of the last test that it knows of; later ones are done again, too.
         is_first: whether this process writes.
         has_tensorboard: whether the numbers are written for TensorBoard, too, in a folder of this
             name.
@@ -28,13 +29,19 @@ class Report:
     """
 
     def __init__(
-        self, output: Path, step: int, *, is_first: bool = True, has_tensorboard: bool = False
+        self,
+        output: Path,
+        step: int,
+        tested: int,
+        *,
+        is_first: bool = True,
+        has_tensorboard: bool = False,
     ) -> None:
         self.path, self.is_first, self.writer = output / "metrics.jsonl", is_first, None
         self.has_failed = False
         if not is_first:
             return
-        self._forget_after(step)
+        self._forget_after(step, tested)
         if has_tensorboard:
             # Imported here: it takes a second, and not every machine has it.
             try:
@@ -77,8 +84,8 @@ class Report:
         if self.writer:
             self.writer.close()
 
-    def _forget_after(self, step: int) -> None:
-        """Drops what steps after the checkpoint, if any, reported and will again.
+    def _forget_after(self, step: int, tested: int) -> None:
+        """Drops what steps and tests after the checkpoint, if any, reported and will again.
 
         A run that was killed leaves them, before its first checkpoint too, and the last line may be
         half a line.
@@ -87,5 +94,10 @@ class Report:
             return
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("}\n")]
-        kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
+        last = {"train": step, "test": tested}
+        kept = "".join(
+            line
+            for line, told in zip(whole, map(json.loads, whole), strict=True)
+            if told["step"] <= last[told["kind"]]
+        )
         write_atomically(self.path, lambda file: file.write(kept.encode()))

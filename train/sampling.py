@@ -4,7 +4,11 @@ Source: mmaction/datasets/pipelines/loading.py (`SampleFrames`) of mmaction2 0.1
 Video Swin Transformer. Nothing here reads a video.
 """
 
+from typing import Literal
+
 import numpy as np
+
+Rule = Literal["official", "mmaction2"]
 
 
 def sample_interval(
@@ -14,6 +18,7 @@ def sample_interval(
     interval: int,
     num_clips: int = 1,
     generator: np.random.Generator | None = None,
+    rule: Rule = "official",
 ) -> np.ndarray:
     """Return the frame indices of `num_clips` clips with `interval` frames between neighbours.
 
@@ -23,7 +28,8 @@ def sample_interval(
     share of these positions.
 
     A clip is counted as ``clip_len * interval`` frames long although its last ``interval - 1``
-    frames are never read: upstream's convention, kept because it moves every offset.
+    frames are never read: upstream's convention, kept because it moves every offset. mmaction2 1.x
+    gave it up in test mode, and there the first clip begins with the video, the last ends with it.
 
     Args:
         num_frames: length of the video, in frames, at least 1.
@@ -31,6 +37,7 @@ def sample_interval(
         interval: source frames from one clip frame to the next.
         num_clips: clips per video.
         generator: randomness of train mode; None selects test mode.
+        rule: "official" or "mmaction2": whose offsets test mode has.
 
     Returns:
         int64 [num_clips, clip_len], frame indices in [0, num_frames).
@@ -38,7 +45,8 @@ def sample_interval(
     Raises:
         ValueError: if any of the four counts is below 1.
 
-    Source: `SampleFrames` with out_of_bound_opt='loop', temporal_jitter and twice_sample off.
+    Source: `SampleFrames` with out_of_bound_opt='loop', temporal_jitter and twice_sample off; of
+    mmaction2 1.x the class of the same name.
     """
     _check_counts(
         "sample_interval",
@@ -49,7 +57,10 @@ def sample_interval(
     )
     positions = num_frames - clip_len * interval + 1
     if generator is None:
-        offsets = _test_offsets(positions, num_clips)
+        if rule == "mmaction2":
+            offsets = _spread_offsets(num_frames - (clip_len - 1) * interval - 1, num_clips)
+        else:
+            offsets = _test_offsets(positions, num_clips)
     else:
         offsets = _train_offsets(num_frames, positions, num_clips, generator)
     frames = offsets[:, None] + interval * np.arange(clip_len, dtype=np.int64)
@@ -98,6 +109,14 @@ def _test_offsets(positions: int, num_clips: int) -> np.ndarray:
         return np.zeros(num_clips, dtype=np.int64)
     share = positions / num_clips
     return (np.arange(num_clips) * share + share / 2).astype(np.int64)
+
+
+def _spread_offsets(last: int, num_clips: int) -> np.ndarray:
+    """Return `num_clips` offsets from 0 to `last`, half to even; one alone in the middle, int64."""
+    last = max(last, 0)
+    if num_clips == 1:
+        return np.array([last // 2])
+    return np.round(np.arange(num_clips) * last / (num_clips - 1)).astype(np.int64)
 
 
 def _train_offsets(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train.augment import erase
 from train.optim import OptimSettings, clip_gradients
 from train.parallel import Group, adding_up
 from train.recipe import LoopSettings
@@ -65,7 +66,14 @@ class Stepper:
         """Passes of a step in which a process has so many clips at most."""
         return -(-share // self.clips_per_pass) if self.clips_per_pass else 1
 
-    def step(self, clips: Tensor, labels: Tensor, count: int, num_passes: int) -> Taken:
+    def step(
+        self,
+        clips: Tensor,
+        labels: Tensor,
+        count: int,
+        num_passes: int,
+        boxes: Tensor | None = None,
+    ) -> Taken:
         """Takes the gradients of a step, and the step if they are finite numbers.
 
         Args:
@@ -73,13 +81,15 @@ class Stepper:
             labels: int64 [B].
             count: clips of all processes.
             num_passes: the same for all processes, as they wait for each other in every one.
+            boxes: int64 [B, 4], what is erased of each clip (`train.augment.erase`); None nothing.
         """
         self.module.train()
         loss = torch.zeros((), device=self.group.device)
         hits = torch.zeros((), device=self.group.device, dtype=torch.int64)
-        for number, (part, own) in enumerate(self._parts(clips, labels, num_passes), 1):
+        parts = self._parts(clips, labels, boxes, num_passes)
+        for number, (part, own, out) in enumerate(parts, 1):
             with adding_up(self.module, number == num_passes):
-                logits = self._logits(part)
+                logits = self._logits(part, out)
                 losses = F.cross_entropy(
                     logits[: len(own)], own, label_smoothing=self.smoothing, reduction="sum"
                 )
@@ -96,24 +106,27 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         return Taken(loss, hits, norm)
 
-    def _logits(self, clips: Tensor) -> Tensor:
+    def _logits(self, clips: Tensor, boxes: Tensor | None) -> Tensor:
         """float32 [B, classes]."""
         is_mixed = self.dtype != torch.float32
         kind = self.group.device.type
         with torch.autocast(kind, self.dtype) if is_mixed else nullcontext():
-            return self.module(normalize(clips)).float()
+            clips = normalize(clips)
+            return self.module(clips if boxes is None else erase(clips, boxes)).float()
 
     def _parts(
-        self, clips: Tensor, labels: Tensor, num_passes: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The clips and labels of each pass; one without any has a black clip, and no label.
+        self, clips: Tensor, labels: Tensor, boxes: Tensor | None, num_passes: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """The clips, labels and boxes of each pass; one without any has a black clip, and no label.
 
         A process alone leaves those out: nobody waits for it.
         """
         size = self.clips_per_pass or max(len(labels), 1)
         for start in range(0, num_passes * size, size):
-            own = labels[start : start + size]
+            place = slice(start, start + size)
+            own, out = labels[place], None if boxes is None else boxes[place]
             if len(own):
-                yield clips[start : start + size], own
+                yield clips[place], own, out
             elif self.group.world > 1:
-                yield clips.new_zeros((1, *self.clip_shape), device=self.group.device), own
+                black = clips.new_zeros((1, *self.clip_shape), device=self.group.device)
+                yield black, own, None

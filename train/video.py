@@ -1,53 +1,27 @@
-"""Frame-accurate reading of video files with decord; every failure is a `VideoError`.
+"""Frame-accurate reading of videos: `open_video`, by a reader of choice; failures are `VideoError`.
 
-What decord 0.6 does with damaged files, found by experiment (x86-64 Linux, 2 cores):
-
-* An mp4 whose index (``moov``) comes first and whose data are cut opens as if nothing were
-  missing; reading beyond the cut fails, reading before it succeeds. A cut avi, mkv or webm opens
-  as a shorter video and reads without a word. So the size the container declares is compared with
-  the size of the file before decord sees it (`declared_bytes`).
-* A packet without a picture is answered with the frame before it; ``fault_tol`` makes that an
-  error where decord notices. Bits flipped inside a picture are concealed by FFmpeg and read as
-  wrong pixels: nothing short of a checksum would find those.
-* ``DECORD_EOF_RETRY_MAX`` counts how often the reader polls the decoding thread after the last
-  packet was handed over. Low limits (16 to 256 here) fail on intact files as soon as the
-  cores are busy, and no damaged file of ours came near decord's own limit of 10240: the limit is
-  left alone.
-* Three kinds of intact files are refused: MPEG transport streams as FFmpeg writes them, videos with
-  a rotation in their metadata (phones held upright) and very narrow ones (48 pixels, say, where
-  FFmpeg pads the rows): for the last two decord prepares batches of the wrong size. Re-encode them.
+A reader is a library that decodes, in a file of its own in train/readers, which is imported when it
+is first asked for. Here is what they share: what can be told of a file without decoding it, which
+indices may be read, and that a video belongs to its process.
 """
 
+import importlib
+import io
 import os
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import BinaryIO
+import stat
+from collections.abc import Sequence
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 
-# decord turns a share of the frames below 1 into a number of tolerated repeats, here always 0;
-# a plain 0 would switch the check off.
-_NO_REPEATED_FRAMES = 1e-9
+READERS = ("decord", "pyav", "torchcodec")
 
-# Open decord readers of this process.
-_readers = weakref.WeakSet()
-
-
-def _forget_readers() -> None:
-    """Leak, in a forked child, the readers of its parent.
-
-    Freeing one joins its decoding thread, which a child does not have: the child is aborted, or
-    waits for ever. And it may free one at any time, when it collects garbage its parent left.
-    """
-    for reader in list(_readers):
-        reader._handle = None  # what decord's destructor asks for
-    _readers.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_readers)
+_CURES = {
+    "decord": "pip install decord",
+    "pyav": "pip install av",
+    "torchcodec": "pip install torchcodec, and FFmpeg's shared libraries (4 to 9)",
+}
 
 
 class VideoError(RuntimeError):
@@ -63,32 +37,48 @@ class VideoError(RuntimeError):
         return f"cannot read {self.path}: {self.reason}"
 
 
-class Video:
-    """An open video file.
+class ReaderError(RuntimeError):
+    """A reader this machine does not have: no video can be read by it, so none is to blame."""
 
-    decord decodes in a thread of its own, which a fork does not copy: open the video in the
-    process that reads it (in a DataLoader worker: inside ``__getitem__``). Forking while videos are
-    open is safe: the child cannot read them, and does not free them.
+
+class Packed(NamedTuple):
+    """A video inside a larger file, such as a tar shard.
 
     Attributes:
-        path: the file, as given.
-        num_frames: frames in the video.
-        fps: average frame rate, frames/s.
+        path: the larger file.
+        name: of the video, for messages.
+        offset: of its first byte, in bytes.
+        size: in bytes.
     """
 
-    def __init__(self, path: str | os.PathLike, *, num_threads: int = 1):
-        """Open `path`; `num_threads` decoding threads, 1 being right where workers decode.
+    path: str
+    name: str
+    offset: int
+    size: int
 
-        Raises:
-            VideoError: if the file is missing, empty, truncated or not a video decord can open.
-        """
-        self.path = os.fspath(path)
-        self._num_threads = num_threads
+
+class Video:
+    """An open video; `open_video` makes one.
+
+    Open it in the process that reads it (in a DataLoader worker: inside ``__getitem__``): decoders
+    have threads, which a fork does not copy.
+
+    Attributes:
+        path: the file as given, ``shard.tar:name`` for one that is packed.
+        num_frames: frames that are shown.
+        fps: average frame rate, frames/s, 0 where the file does not tell.
+    """
+
+    path: str
+    num_frames: int
+    fps: float
+
+    def __init__(self, path: str, num_frames: int, fps: float):
+        """Keep the attributes; raises VideoError if there is no frame."""
+        self.path, self.num_frames, self.fps = path, num_frames, fps
         self._process = os.getpid()
-        _check_file(self.path)
-        self._reader = self._open()
-        self.num_frames = len(self._reader)
-        self.fps = float(self._reader.get_avg_fps())
+        if num_frames < 1:
+            raise VideoError(path, "there are no frames in the video")
 
     def read(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
         """Return the frames at `indices`, RGB, in the order given; repeats are decoded once.
@@ -117,68 +107,134 @@ class Video:
         if self._process != os.getpid():
             raise VideoError(self.path, "it was opened in another process, open it in this one")
         unique, position = np.unique(wanted, return_inverse=True)
-        try:
-            frames = self._reader.get_batch(unique).asnumpy()
-        except Exception as error:
-            # decord's message is a C++ stack trace, and its failed reader gives no more frames.
-            if "size must exactly match" in str(error):
-                reason = "decord cannot read it (a rotation, or very narrow): re-encode it upright"
-            else:
-                reason = self._undecodable(unique)
-            self._reader = self._open()
-            raise VideoError(self.path, reason) from None
+        frames = torch.as_tensor(self._decode(unique))
         if len(unique) < len(wanted) or (wanted[1:] < wanted[:-1]).any():
-            frames = frames[position]
-        return torch.from_numpy(frames).permute(0, 3, 1, 2)
+            frames = frames[torch.from_numpy(position)]
+        return frames.permute(0, 3, 1, 2)
 
-    def _open(self):
-        """Return a fresh decord reader."""
-        decord = _decord()
-        try:
-            with _silent_stderr():
-                reader = decord.VideoReader(
-                    self.path,
-                    ctx=decord.cpu(0),
-                    num_threads=self._num_threads,
-                    fault_tol=_NO_REPEATED_FRAMES,
-                )
-        except Exception as error:
-            if "cannot find video stream" in str(error):
-                raise VideoError(self.path, "there is no video stream in the file") from None
-            raise VideoError(self.path, "not a video decord can open") from None
-        _readers.add(reader)
-        return reader
-
-    def _undecodable(self, unique: np.ndarray) -> str:
-        """Return which of the sorted frames `unique` fails first, as a reason.
-
-        "At or soon after", because decord decodes ahead of the frame it is asked for.
-        """
-        reader = self._open()
-        for index in unique:
-            try:
-                reader.get_batch([index])
-            except Exception:
-                return f"decoding failed at or soon after frame {index} of {self.num_frames}"
-        return "the frames asked for could not be decoded together"
+    def _decode(self, unique: np.ndarray) -> np.ndarray | torch.Tensor:
+        """Return the frames at `unique`, which ascends, uint8 [len(unique), H, W, 3]."""
+        raise NotImplementedError
 
 
-def declared_bytes(path: str | os.PathLike) -> int:
+def open_video(
+    source: str | os.PathLike | Packed, reader: str = "decord", *, num_threads: int = 1
+) -> Video:
+    """Return the video in the file `source`, or in a part of one, opened by `reader`.
+
+    Args:
+        source: path of a file, or where in a larger file the video is; the bytes of a packed one
+            stay in memory as long as the video is open.
+        reader: one of `READERS`.
+        num_threads: decoding threads, 1 being right where workers decode.
+
+    Raises:
+        ValueError: if there is no reader of this name.
+        ReaderError: if this machine lacks it; no other takes its place.
+        VideoError: if the file is missing, empty, truncated or not a video the reader can open.
+    """
+    opened = _load(reader)
+    if isinstance(source, Packed):
+        path, data = f"{source.path}:{source.name}", _read_packed(source)
+        _check_length(path, len(data), io.BytesIO(data))
+    else:
+        path, data = os.fspath(source), None
+        _check_file(path)
+    return opened(path, data, num_threads)
+
+
+def why_not(reader: str) -> str | None:
+    """Return why `reader` cannot be used on this machine, as a sentence, None if it can."""
+    try:
+        _load(reader)
+    except ReaderError as error:
+        return str(error)
+    return None
+
+
+def _load(reader: str) -> type[Video]:
+    """Return the class of a reader, its library being imported when it is first asked for."""
+    if reader not in READERS:
+        raise ValueError(f"open_video: reader must be one of {', '.join(READERS)}, got {reader!r}")
+    try:
+        return importlib.import_module(f"train.readers.{reader}").Reader
+    except ImportError as error:
+        raise ReaderError(
+            f"open_video: reader {reader!r} cannot be used here, {error}; {_CURES[reader]}"
+        ) from None
+
+
+def _check_file(path: str) -> None:
+    """Raise VideoError for what can be told of a file without decoding."""
+    _file_size(path)
+    try:
+        with open(path, "rb") as file:
+            _check_length(path, file.seek(0, os.SEEK_END), file)
+    except OSError as error:
+        raise VideoError(path, _words(error)) from None
+
+
+def _read_packed(source: Packed) -> bytes:
+    """Return the bytes of a packed video; raises VideoError where they are not."""
+    path = f"{source.path}:{source.name}"
+    there = max(0, _file_size(source.path, path) - source.offset)
+    if there < source.size:
+        raise VideoError(path, f"the shard is too short, {there} of {source.size} bytes are there")
+    try:
+        with open(source.path, "rb") as file:
+            file.seek(source.offset)
+            return file.read(source.size)
+    except OSError as error:
+        raise VideoError(path, _words(error)) from None
+
+
+def _file_size(path: str, name: str | None = None) -> int:
+    """Return the bytes of a file; raises VideoError, with `name`, for what is none."""
+    name = path if name is None else name
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise VideoError(name, "no such file") from None
+    except OSError as error:
+        raise VideoError(name, _words(error)) from None
+    if stat.S_ISDIR(status.st_mode):
+        raise VideoError(name, "it is a directory")
+    # Reading a pipe could wait for ever.
+    if not stat.S_ISREG(status.st_mode):
+        raise VideoError(name, "it is no regular file")
+    return status.st_size
+
+
+def _check_length(path: str, size: int, file: BinaryIO) -> None:
+    """Raise VideoError if a file of `size` bytes is empty, or shorter than it says itself."""
+    if size == 0:
+        raise VideoError(path, "the file is empty")
+    declared = declared_bytes(file)
+    if size < declared:
+        raise VideoError(path, f"the file is truncated, {size} of {declared} bytes are there")
+
+
+def _words(error: OSError) -> str:
+    """Return what the system says of an error."""
+    return (error.strerror or str(error)).lower()
+
+
+def declared_bytes(file: BinaryIO) -> int:
     """Return how many bytes the container's own headers say the file has, 0 where they do not.
 
     Reads a few headers of mp4/mov (top-level boxes), avi (RIFF chunk) and mkv/webm (segment); a
     file shorter than this was cut short.
     """
-    with open(path, "rb") as file:
-        head = file.read(12)
-        if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
-            return _end_of_boxes(file)
-        if head[:4] == b"RIFF":
-            length = int.from_bytes(head[4:8], "little")
-            # Writers that could not seek back leave one of these two.
-            return 0 if length in (0, 0xFFFFFFFF) else 8 + length
-        if head[:4] == b"\x1a\x45\xdf\xa3":
-            return _end_of_segment(file)
+    file.seek(0)
+    head = file.read(12)
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
+        return _end_of_boxes(file)
+    if head[:4] == b"RIFF":
+        length = int.from_bytes(head[4:8], "little")
+        # Writers that could not seek back leave one of these two.
+        return 0 if length in (0, 0xFFFFFFFF) else 8 + length
+    if head[:4] == b"\x1a\x45\xdf\xa3":
+        return _end_of_segment(file)
     return 0
 
 
@@ -217,45 +273,3 @@ def _read_vint(file: BinaryIO) -> int | None:
     extra = 8 - first[0].bit_length()
     value = int.from_bytes(first + file.read(extra), "big") & ((1 << (7 * (extra + 1))) - 1)
     return None if value == (1 << (7 * (extra + 1))) - 1 else value
-
-
-def _check_file(path: str) -> None:
-    """Raise VideoError for what can be told without decoding."""
-    if not os.path.exists(path):
-        raise VideoError(path, "no such file")
-    if os.path.isdir(path):
-        raise VideoError(path, "it is a directory")
-    size = os.path.getsize(path)
-    if size == 0:
-        raise VideoError(path, "the file is empty")
-    try:
-        declared = declared_bytes(path)
-    except OSError as error:
-        raise VideoError(path, (error.strerror or str(error)).lower()) from None
-    if size < declared:
-        raise VideoError(path, f"the file is truncated, {size} of {declared} bytes are there")
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Drop what is written to file descriptor 2: decord reports what it cannot open there.
-
-    Its log level does not reach that line. Python's own errors are raised, not written.
-    """
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def _decord():
-    """Return the decord module, imported at the first use so that only readers need it."""
-    import decord
-
-    # Its own complaints would only repeat, at length and on stderr, what VideoError says.
-    decord.logging.set_level(decord.logging.QUIET)
-    return decord
