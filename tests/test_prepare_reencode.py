@@ -1,0 +1,372 @@
+"""train.prepare reencode: every frame once, upright and small; stopped and broken runs."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+av = pytest.importorskip("av")
+Image = pytest.importorskip("PIL.Image")
+
+from prepare_suite import (  # noqa: E402
+    decoded,
+    greys,
+    lines,
+    prepare,
+    quarters,
+    square_or_end,
+    touch,
+    write_video,
+)
+
+from train.prepare import reencode, upright  # noqa: E402
+from train.prepare.workers import Died, each  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    (tmp_path / "source").mkdir()
+    return tmp_path / "source", tmp_path / "target"
+
+
+def error_of(capfd, *words) -> str:
+    """What a command that is refused says, in one line."""
+    assert prepare(*words) == 1
+    error = capfd.readouterr().err.strip()
+    assert "\n" not in error
+    return error
+
+
+def brightness(pictures) -> list[float]:
+    return [float(picture.mean()) for picture in pictures]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "result"),
+    [
+        (49, 65, (48, 64)),
+        (48, 64, (48, 64)),
+        (96, 128, (64, 86)),
+        (128, 96, (86, 64)),
+        (67, 203, (64, 194)),
+        (90, 65, (88, 64)),
+    ],
+)
+def test_the_short_side_shrinks_and_sides_are_even(folders, height, width, result):
+    source, target = folders
+    picture = quarters(height, width)
+    write_video(source / "a.mkv", [picture] * 3, codec="ffv1", pixels="yuv444p")
+    assert prepare("reencode", source, target, "--short-side", 64) == 0
+    pictures, _ = decoded(target / "a.mp4")
+    assert pictures.shape == (3, *result, 3)
+    assert abs(result[1] / result[0] - width / height) < 0.03
+    with av.open(str(target / "a.mp4")) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.name, context.pix_fmt) == ("h264", "yuv420p")
+    # The pictures are the same, too, away from where the colours meet.
+    for y, x in [(0.2, 0.2), (0.8, 0.2), (0.2, 0.8), (0.8, 0.8)]:
+        wanted = picture[int(y * height), int(x * width)].astype(int)
+        got = pictures[1, int(y * result[0]), int(x * result[1])]
+        assert np.abs(got - wanted).max() < 12
+
+
+@pytest.mark.parametrize(
+    ("codec", "pixels", "suffix"),
+    [("mjpeg", "yuvj420p", "avi"), ("ffv1", "bgr0", "mkv"), ("libx264", "yuv420p10le", "mp4")],
+)
+@pytest.mark.parametrize("short_side", [32, 48])
+def test_colours_stay_whatever_their_coding(folders, codec, pixels, suffix, short_side):
+    source, target = folders
+    write_video(source / f"a.{suffix}", codec=codec, pixels=pixels)
+    before, _ = decoded(source / f"a.{suffix}")
+    assert prepare("reencode", source, target, "--short-side", short_side) == 0
+    after, _ = decoded(target / "a.mp4")
+    at = [short_side // 4, short_side * 3 // 4]
+    for y in (0, 1):
+        for x in (0, 1):
+            wanted = before[5, (12, 36)[y], (16, 48)[x]].astype(int)
+            assert np.abs(after[5, at[y], at[x] * 4 // 3] - wanted).max() < 8
+
+
+@pytest.mark.parametrize("short_side", [48, 24])
+@pytest.mark.parametrize("turn", [0, 90, 180, -90])
+def test_turned_upright(folders, turn, short_side):
+    source, target = folders
+    write_video(source / "a.mp4", rotation=turn)
+    assert prepare("reencode", source, target, "--short-side", short_side) == 0
+    pictures, _ = decoded(target / "a.mp4")
+    with av.open(str(target / "a.mp4")) as container:
+        assert next(container.decode(video=0)).rotation == 0
+    # The metadata count counter-clockwise, and so does NumPy.
+    wanted = np.rot90(quarters(), turn // 90)[:: 48 // short_side, :: 48 // short_side]
+    assert pictures[0].shape == wanted.shape
+    assert np.abs(pictures[0].astype(int) - wanted).mean() < 6
+
+
+@pytest.mark.parametrize(
+    ("matrix", "turned"),
+    [
+        ([-1, 0, 0, 1], lambda p: p[:, ::-1]),
+        ([1, 0, 0, -1], lambda p: p[::-1]),
+        ([0, 1, 1, 0], lambda p: p.transpose(1, 0, 2)),
+        ([0, -1, -1, 0], lambda p: p[::-1, ::-1].transpose(1, 0, 2)),
+    ],
+    ids=["left-right", "up-down", "diagonal", "other diagonal"],
+)
+def test_a_mirrored_picture_is_shown_as_players_do(monkeypatch, tmp_path, matrix, turned):
+    """PyAV writes no mirrored video, so that the matrix is put on the frames."""
+
+    class Side(bytes):
+        type = type("", (), {"name": "DISPLAYMATRIX"})
+
+    a, b, c, d = (each << 16 for each in matrix)
+    values = np.array([a, b, 0, c, d, 0, 0, 0, 1 << 30], dtype=np.int32).tobytes()
+    frame = type("", (), {"side_data": [Side(values)]})
+    filters = upright.upright_filters(frame)
+    write_video(tmp_path / "a.mp4")
+    monkeypatch.setattr(upright, "upright_filters", lambda _: filters)
+    shown, _ = next(upright.read_upright(tmp_path / "a.mp4", 48, None, "rgb24"))
+    assert np.abs(shown.to_ndarray().astype(int) - turned(quarters())).mean() < 6
+
+
+def test_all_frames_at_their_times_with_b_frames(folders):
+    source, target = folders
+    times = [0, 40, 80, 300, 301, 340, 900, 930, 1000, 1700, 1733, 1766]
+    pictures = greys(12)
+    write_video(source / "a.mkv", pictures, times=times, bf="3", g="12")
+    write_video(source / "b.avi", pictures, bf="2", b_adapt="0")
+    write_video(source / "late.mkv", pictures, times=[each + 500 for each in times])
+    with av.open(str(source / "b.avi")) as container:
+        own = [frame.pts for frame in container.decode(video=0)]
+    assert own != sorted(own), "this file is to have times in another order"
+    assert prepare("reencode", source, target) == 0
+    for name in ("a", "b", "late"):
+        after, when = decoded(target / f"{name}.mp4")
+        assert np.allclose(brightness(after), brightness(pictures), atol=4), name
+        if name == "b":
+            assert when == [Fraction(i, 24) for i in range(12)]
+        else:
+            assert when == [Fraction(each, 1000) for each in times]
+
+
+def test_sound_is_dropped_and_keyframes_are_the_encoders(folders):
+    source, target = folders
+    write_video(source / "sound.mp4", [quarters()] * 80, sound=True, g="1")
+    assert prepare("reencode", source, target) == 0
+    with av.open(str(source / "sound.mp4")) as container:
+        assert len(container.streams) == 2
+    with av.open(str(target / "sound.mp4")) as container:
+        assert [stream.type for stream in container.streams] == ["video"]
+        keys = [i for i, frame in enumerate(container.decode(video=0)) if frame.key_frame]
+    assert keys == [0, 32, 64]
+
+
+def test_frames_become_images_at_the_rate_asked_for(folders):
+    source, target = folders
+    # Nearest to 0, 100, 200, ... ms: frame 1 is 60 ms late for 0 and 40 early for 100.
+    write_video(source / "x y.mkv", greys(5), times=[0, 60, 110, 390, 420])
+    assert prepare("reencode", source, target, "--frames", "--fps", 10) == 0
+    names = sorted(path.name for path in (target / "x y").iterdir())
+    assert names == [f"img_0000{i}.jpg" for i in range(1, 6)]
+    images = [np.asarray(Image.open(target / "x y" / name)) for name in names]
+    assert np.allclose(brightness(images), [20, 32, 32, 32, 44], atol=3)
+
+
+def test_a_pause_of_a_broken_clock_is_refused(folders, capfd):
+    source, target = folders
+    write_video(source / "a.mkv", greys(2), times=[0, 10**7])
+    write_video(source / "b.mkv", greys(2), times=[0, 10**5])
+    assert prepare("reencode", source, target, "--fps", 2) == 0
+    assert "between two frames are 10000 s" in lines(target / "broken.txt")[0]
+    assert len(decoded(target / "b.mp4")[0]) == 201
+
+
+def test_a_second_run_does_only_the_rest(folders, monkeypatch, capfd):
+    source, target = folders
+    for name in ("a/one.mp4", "b/zwei ä.mkv", "three.avi"):
+        codec = "mpeg4" if name.endswith("avi") else "libx264"
+        write_video(source / name, codec=codec)
+    (source / "notes.txt").touch()
+    assert prepare("reencode", source, target) == 0
+    results = [target / name for name in ("a/one.mp4", "b/zwei ä.mp4", "three.mp4")]
+    before = [(path.stat().st_mtime_ns, path.stat().st_ino) for path in results]
+    results[1].unlink()
+    asked = []
+    convert = reencode._convert
+    monkeypatch.setattr(reencode, "_convert", lambda job: asked.append(job[0]) or convert(job))
+    assert prepare("reencode", source, target) == 0
+    assert asked == ["b/zwei ä.mkv"]
+    assert "1 videos written, 2 were there, 0 are broken" in capfd.readouterr().out
+    after = [(path.stat().st_mtime_ns, path.stat().st_ino) for path in results]
+    assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
+    left = sorted(path.name for path in target.iterdir() if path.name != ".reencode.lock")
+    assert left == ["a", "b", "reencode.json", "three.mp4"]
+
+
+def test_broken_videos_are_named_and_survived(folders, capfd):
+    source, target = folders
+    write_video(source / "good.mp4")
+    whole = write_video(source / "cut.mp4", [quarters()] * 40).read_bytes()
+    (source / "cut.mp4").write_bytes(whole[:-500])
+    (source / "text.mp4").write_text("hello\n" * 99)
+    touch(source, "empty.webm")
+    (source / "nowhere.mp4").symlink_to("gone.mp4")
+    with av.open(str(source / "heard.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 2048), np.float32), "fltp", "mono")
+        frame.sample_rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert prepare("reencode", source, target) == 0
+    assert "1 videos written, 0 were there, 5 are broken" in capfd.readouterr().out
+    named = [line.split("\t") for line in lines(target / "broken.txt")]
+    assert [name for name, _ in named] == [
+        *("cut.mp4", "empty.webm", "heard.mp4", "nowhere.mp4", "text.mp4")
+    ]
+    reasons = ("truncated", "empty", "no video stream", "leads nowhere", "cannot be decoded")
+    assert all(word in reason for word, (_, reason) in zip(reasons, named, strict=True))
+    assert [path.name for path in target.glob("*.mp4")] == ["good.mp4"]
+    # Mended and removed, they are no longer named.
+    (source / "cut.mp4").write_bytes(whole)
+    for name in ("empty.webm", "heard.mp4", "nowhere.mp4", "text.mp4"):
+        (source / name).unlink()
+    assert prepare("reencode", source, target) == 0
+    assert not (target / "broken.txt").exists()
+    assert (target / "cut.mp4").exists()
+
+
+def test_where_all_are_broken_the_status_says_so(folders):
+    source, target = folders
+    touch(source, "a.mp4")
+    assert prepare("reencode", source, target) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [
+        (["c/a.avi", "c/a.mkv"], []),
+        (["c/a.mp4", "c/a.MP4"], []),
+        (["c/a.avi", "c/a.mkv"], ["--frames"]),
+        (["c/a.avi", "c/a/b.avi"], ["--frames"]),
+    ],
+)
+def test_two_videos_of_one_result_are_refused_before_any_work(folders, capfd, names, options):
+    source, target = folders
+    touch(source, *names)
+    error = error_of(capfd, "reencode", source, target, *options)
+    assert all(name in error for name in names)
+    assert not target.exists()
+
+
+def test_what_would_mix_or_disturb_is_refused(folders, capfd):
+    source, target = folders
+    write_video(source / "a.mp4")
+    assert "no such folder" in error_of(capfd, "reencode", source / "no", target)
+    assert "lies in" in error_of(capfd, "reencode", source, source / "small")
+    assert "even" in error_of(capfd, "reencode", source, target, "--short-side", 255)
+    assert prepare("reencode", source, target) == 0
+    capfd.readouterr()
+    assert "other settings" in error_of(capfd, "reencode", source, target, "--short-side", 128)
+    with FileLock(target / ".reencode.lock"):
+        assert "another process" in error_of(capfd, "reencode", source, target)
+
+
+def test_an_interrupted_run_leaves_no_half_file(folders, monkeypatch, capfd):
+    source, target = folders
+    write_video(source / "a.mp4")
+    write_video(source / "b.mp4", greys(12))
+    for options in ([], ["--frames"]):
+        with monkeypatch.context() as context:
+            read, seen = reencode.read_upright, []
+
+            def stopped(*arguments, read=read, seen=seen):
+                for each in read(*arguments):
+                    seen.append(each)
+                    if len(seen) == 18:
+                        raise KeyboardInterrupt
+                    yield each
+
+            context.setattr(reencode, "read_upright", stopped)
+            assert prepare("reencode", source, target, *options) == 130
+        suffix = "" if options else ".mp4"
+        assert (target / f"a{suffix}").exists()
+        assert not (target / f"b{suffix}").exists()
+        assert not list(target.glob(".partial-*"))
+        # What a killed process could not remove, the next one does.
+        (target / ".partial-left").mkdir()
+        (target / ".partial-left" / "1.mp4").write_bytes(b"half")
+        assert prepare("reencode", source, target, *options) == 0
+        assert (target / f"b{suffix}").exists()
+        assert not list(target.glob(".partial-*"))
+        shutil.rmtree(target)
+
+
+def test_a_full_disk_is_no_broken_video(folders, monkeypatch, capfd):
+    source, target = folders
+    write_video(source / "a.mp4")
+
+    def full(self, other):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", full)
+    assert prepare("reencode", source, target) == 1
+    assert f"cannot write {target / 'a.mp4'}: No space left on device" in capfd.readouterr().err
+    assert not (target / "broken.txt").exists()
+
+
+def test_workers_survive_the_death_of_one():
+    results = dict(each(square_or_end, [1, 2, 3, 4], 2))
+    assert results == {1: 1, 2: 4, 3: Died(9), 4: 16}
+    assert "status 9" in results[3].reason
+    with pytest.raises(RuntimeError, match="no room for 5"):
+        list(each(square_or_end, [4, 5, 6], 2))
+
+
+def is_running(group: int) -> bool:
+    """Whether a group of processes has any."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_leaves_no_half_file_and_no_process(folders, number):
+    source, target = folders
+    generator = np.random.default_rng(0)
+    noise = list(generator.integers(256, size=(60, 120, 160, 3), dtype=np.uint8))
+    for name in "ab":
+        write_video(source / f"{name}.mp4", noise * 2)
+    command = [sys.executable, "-m", "train.prepare", "reencode", source, target, "--workers", "2"]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    while not any(path.stat().st_size for path in target.glob(".partial-*/*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.kill()
+    process.wait()
+    assert not list(target.glob("*.mp4"))
+    # Its workers end with it, each in its own time.
+    deadline = time.monotonic() + 20
+    while is_running(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(process.pid)
+    assert not list(target.glob("*.mp4"))
+    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    assert [len(decoded(target / f"{name}.mp4")[0]) for name in "ab"] == [120] * 2
+    assert not list(target.glob(".partial-*"))
