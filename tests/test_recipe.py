@@ -138,6 +138,11 @@ def test_differences_name_every_changed_field_and_both_values():
         ("data", "clip_len", 0),
         ("data", "workers", -1),
         ("data", "test_short_side", 100),
+        ("data", "val_short_side", 100),
+        ("data", "val_clips", 0),
+        ("data", "erase", 1.5),
+        ("data", "augment_flip", -0.5),
+        ("loop", "views_per_pass", -1),
     ],
 )
 def test_a_value_no_run_could_use_is_refused_in_a_sentence(part, field, value, capsys):

@@ -144,6 +144,14 @@ def test_a_missing_frame_costs_its_video_alone(root):
     assert not isinstance(videos[0, 1], Broken)
 
 
+@pytest.mark.parametrize("name", ["img.jpg", "{}{}.jpg", "{x}.jpg", "{:05"])
+def test_a_name_of_frames_without_their_number_is_refused(name):
+    with pytest.raises(
+        ValueError, match=r"^data\.frame_name must have one place for a number, got"
+    ):
+        replace(SETTINGS, frame_name=name)
+
+
 def test_a_shard_that_was_written_again_is_told_before_the_run(root):
     chosen = settings(root, "shards")
     name, shard, offset, *rest = (root / "shards.txt").read_text().splitlines()[0].split("\t")

@@ -18,7 +18,7 @@ from train.augment import RandAugment, erasing_box
 from train.batches import stream
 from train.lists import Layout, Listed, Videos, find_class_names, read_videos
 from train.members import check_shards, member
-from train.readers.frames import FrameFolder
+from train.readers.frames import FrameFolder, has_number
 from train.sampling import Rule, sample_interval, sample_uniform
 from train.transforms import EvalTransform, TrainTransform
 from train.video import ReaderError, Video, VideoError, open_video, why_not
@@ -106,6 +106,10 @@ class DataSettings:
             low, high = getattr(self, name)
             if not 0 < low <= high <= top:
                 raise ValueError(f"data.{name} must rise from above 0, to {top}, got {low} {high}")
+        if not has_number(self.frame_name):
+            raise ValueError(
+                f"data.frame_name must have one place for a number, got {self.frame_name!r}"
+            )
         for name in ("flip", "augment_flip", "erase"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name} must be from 0 to 1, got {getattr(self, name)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from train.data import FRAME_ORDERS, Broken, VideoDataset, broken_summary, build
 from train.lists import ListError
 from train.metrics import mean_class_accuracy, top_k_accuracy, video_scores
 from train.parallel import Group, joined
+from train.precision import PRECISIONS, casting
 from train.prefetch import WorkerError, steady
 from train.recipe import LoopSettings, Recipe, add_machine_options, differences, resolve_recipe
 from train.recipes import RECIPES
@@ -93,12 +93,12 @@ def evaluate(
     batches = ordered_batches(len(dataset), loop.test_batch_size)
     own, found = batches[group.rank :: group.world], []
     read = steady(lambda: build_loader(dataset, own[len(found) :], device), device)
-    dtype, settings = getattr(torch, precision), dataset.settings
+    settings = dataset.settings
     num_views = dataset.views.crops * dataset.num_clips
     for _ in range(-(-len(batches) // group.world)):
         batch = next(read, None)
         scores = torch.empty(0, 1)
-        with nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype):
+        with casting(device, precision):
             if batch is not None and len(batch.labels):
                 clips = batch.clips.to(device)
                 scores = video_scores(view_logits(model, clips, loop.views_per_pass)).cpu()
@@ -169,9 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="evaluation.json, predictions.csv, confusion.png"
     )
-    parser.add_argument(
-        "--precision", choices=("float32", "bfloat16", "float16"), default="float32"
-    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument(
         "--frame-orders", action="store_true", help="also still, shuffled, reversed"
     )
@@ -190,10 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
             trained = load_trained(
                 options.checkpoint, options.kernels, group.device, options.recipe
             )
-            recipe = resolve_recipe(trained.recipe, overrides)
-            changed = differences(trained.recipe, recipe)
-            if deaf := [each for each in changed if not each.startswith(TEST_FIELDS)]:
-                parser.error(f"{'; '.join(deaf)}: a trained model takes fields of data alone")
+            recipe = tested_recipe(trained.recipe, overrides, parser)
             return _evaluate(trained, recipe, options, group)
     except REFUSALS as error:
         print(error, file=sys.stderr)
@@ -213,6 +208,15 @@ def add_trained_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="how videos are read for weights, which have no recipe with them",
     )
+
+
+def tested_recipe(recipe: Recipe, overrides: list[str], parser: argparse.ArgumentParser) -> Recipe:
+    """The recipe with overrides of what says how videos are read; others end the program."""
+    changed = resolve_recipe(recipe, overrides)
+    found = differences(recipe, changed)
+    if deaf := [each for each in found if not each.startswith(TEST_FIELDS)]:
+        parser.error(f"{'; '.join(deaf)}: a trained model takes fields of data alone")
+    return changed
 
 
 def _evaluate(trained: Trained, recipe: Recipe, options: argparse.Namespace, group: Group) -> int:

@@ -13,7 +13,7 @@ from model import VideoSwin
 from train.data import Broken
 from train.feature_files import FeatureSettings
 from train.given import Given
-from train.predict import casting
+from train.precision import casting
 from train.transforms import EvalTransform, normalize, resize_short_side
 from train.video import Video, VideoError, open_video
 

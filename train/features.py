@@ -31,7 +31,8 @@ from train.feature_files import (
     write,
 )
 from train.given import Given, check_names, given_videos
-from train.predict import PRECISIONS, one_behind
+from train.precision import PRECISIONS
+from train.predict import one_behind
 from train.recipe import add_machine_options, count
 from train.recipes import RECIPES
 from train.trained import Trained, load_trained

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,18 +17,18 @@ from torch import Tensor, nn
 from model.weights.files import shown, write_atomically
 from train.allocator import set_allocator
 from train.data import DataSettings, read_test_clips, sample_test_clips
-from train.evaluate import REFUSALS, TEST_FIELDS, add_trained_options, view_logits
+from train.evaluate import REFUSALS, add_trained_options, tested_recipe, view_logits
 from train.given import Given, check_names, given_videos
 from train.lists import read_class_names
 from train.metrics import video_scores
-from train.recipe import Recipe, add_machine_options, count, differences, resolve_recipe
+from train.precision import PRECISIONS, casting
+from train.recipe import Recipe, add_machine_options, count
 from train.trained import Trained, load_trained, names_of
 from train.video import VideoError, open_video
 from videoswin_kernels import explain
 
 # Classes on a contact sheet.
 _SHEET_TOP = 5
-PRECISIONS = ("float32", "bfloat16", "float16")
 
 T = TypeVar("T")
 
@@ -98,13 +97,6 @@ def _read(video: Given, data: DataSettings) -> tuple[int, float, np.ndarray, Ten
     opened = open_video(video.path, data.reader)
     frames = sample_test_clips(opened.num_frames, data, data.test_clips)
     return opened.num_frames, opened.fps, frames, read_test_clips(opened, data)
-
-
-def casting(device: torch.device, precision: str) -> AbstractContextManager:
-    """Autocast to a dtype by its name; nothing for float32."""
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, getattr(torch, precision))
 
 
 def one_behind(items: Iterable[T]) -> Iterator[T]:
@@ -189,10 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.sheet:
             check_names(videos)
         trained = load_trained(options.checkpoint, options.kernels, device, options.recipe)
-        recipe = resolve_recipe(trained.recipe, overrides)
-        changed = differences(trained.recipe, recipe)
-        if deaf := [each for each in changed if not each.startswith(TEST_FIELDS)]:
-            parser.error(f"{'; '.join(deaf)}: a trained model takes fields of data alone")
+        recipe = tested_recipe(trained.recipe, overrides, parser)
         trained = _named(trained, recipe, options.classes)
         explain(trained.model)
         return _predict(trained, recipe, videos, options, device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from math import isfinite
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from train.augment import erase
 from train.optim import OptimSettings, clip_gradients
 from train.parallel import Group, adding_up
+from train.precision import casting
 from train.recipe import LoopSettings
 from train.transforms import normalize
 
@@ -57,9 +57,9 @@ class Stepper:
         self.module, self.optimizer, self.group = module, optimizer, group
         self.clip_shape = clip_shape
         self.smoothing, self.clip_norm = optim.label_smoothing, optim.clip_norm
-        self.clips_per_pass, self.dtype = loop.clips_per_pass, getattr(torch, loop.precision)
+        self.clips_per_pass, self.precision = loop.clips_per_pass, loop.precision
         # Small gradients are zero in float16 unless their loss is scaled.
-        is_scaled = self.dtype == torch.float16
+        is_scaled = loop.precision == "float16"
         self.scaler = torch.amp.GradScaler(group.device.type, enabled=is_scaled)
 
     def num_passes(self, share: int) -> int:
@@ -108,9 +108,7 @@ class Stepper:
 
     def _logits(self, clips: Tensor, boxes: Tensor | None) -> Tensor:
         """float32 [B, classes]."""
-        is_mixed = self.dtype != torch.float32
-        kind = self.group.device.type
-        with torch.autocast(kind, self.dtype) if is_mixed else nullcontext():
+        with casting(self.group.device, self.precision):
             clips = normalize(clips)
             return self.module(clips if boxes is None else erase(clips, boxes)).float()
 

@@ -9,6 +9,14 @@ from PIL import Image
 from train.video import Video, VideoError
 
 
+def has_number(template: str) -> bool:
+    """Whether `template`, as `str.format` takes it, has a place for a number and no other."""
+    try:
+        return template.format(0) != template.format(1)
+    except (IndexError, KeyError, ValueError, AttributeError):
+        return False
+
+
 class FrameFolder(Video):
     """A folder of pictures, read as a video; all of them have one size.
 
@@ -37,11 +45,7 @@ class FrameFolder(Video):
             ValueError: if `template` has no place for a number, or for something else.
             VideoError: if there is no such folder, or no frame.
         """
-        try:
-            differ = template.format(0) != template.format(1)
-        except (IndexError, KeyError, ValueError, AttributeError):
-            differ = False
-        if not differ:
+        if not has_number(template):
             raise ValueError(
                 f"FrameFolder: template must have one place for the number of a picture, "
                 f"such as 'img_{{:05}}.jpg', got {template!r}"
