@@ -19,7 +19,8 @@ demo: $(VENV)/.demo libraries
 	$(RUN) -m train.synthetic $(VIDEOS)
 	$(RUN) -m train --recipe demo --output $(OUTPUT) --resume
 	$(RUN) -m train.evaluate --checkpoint $(OUTPUT)/last.pt --frame-orders
-	$(RUN) -m train.predict $(VIDEOS)/test/clockwise/00000.mp4 --checkpoint $(OUTPUT)/last.pt
+	$(RUN) -m train.predict $(VIDEOS)/test/clockwise/00000.mp4 --checkpoint $(OUTPUT)/last.pt \
+		--sheet $(OUTPUT)/sheets
 	$(RUN) -m train.speed --recipe demo
 
 test: $(VENV)/.test libraries

@@ -23,11 +23,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 ROOT = Path(__file__).parents[1]
 # Beside the others they find little, and take longest.
 SLOW_ROWS = ("export_strict", "copies")
-# What happens before a kernel is launched is the same code for every kernel set: of the interpreted
-# one these rows, where another is there, are for the hour of `make verify`.
-SLOW_INTERPRETED = ("compiled", "dynamic", "inductor", "export", "fake", "meta")
 RUNS = [run for run in suite.runs("window_attention") if run.kernels != "reference"]
-# Registered alike; of two kernel sets in C++ on one device, one is enough in minutes.
+# What happens before a kernel is launched is the same code for every kernel set: where the one for
+# processors runs, the interpreted and the emulated one are for the hour of `make verify`.
 EMULATED = suite.Run("cuda", "cpu") if suite.Run("cpu", "cpu") in RUNS else None
 ABSENT = pytest.param(None, marks=pytest.mark.skip("no compiled kernel set runs here"), id="nobody")
 EVERY = pytest.mark.parametrize(
@@ -52,11 +50,7 @@ def cell(run, row, subject):
         marks = [pytest.mark.skip("CUDA graphs need a CUDA GPU")]
     elif row == "inductor" and not (shutil.which("g++") or shutil.which(os.environ.get("CXX", ""))):
         marks = [pytest.mark.skip("Inductor needs a C++ compiler for the CPU")]
-    elif (
-        row in SLOW_ROWS
-        or run == EMULATED
-        or (row in SLOW_INTERPRETED and run.is_interpreted and EMULATED)
-    ):
+    elif row in SLOW_ROWS or (EMULATED and (run == EMULATED or run.is_interpreted)):
         marks = [pytest.mark.slow]
     return pytest.param(run, row, subject, marks=marks, id=f"{'-'.join(run)}-{row}-{subject}")
 
