@@ -253,6 +253,30 @@ def test_torchrun_told_to_end_lets_its_processes_save_the_step_under_way(recipe,
     assert_equal_runs(output, alone)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 3])
+def test_two_processes_test_each_video_once(recipe, alone, tmp_path, size):
+    """Also where one has a batch less, or where its videos are broken."""
+    words = ["--data.test-list=test_broken.txt", f"--loop.test-batch-size={size}"]
+    words += ["--data.test-clips=3", "--loop.views-per-pass=2"]
+    assert suite.run_evaluate(alone / "last.pt", "--output", str(tmp_path / "one"), *words) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "train.evaluate", "--checkpoint", str(alone / "last.pt"), *suite.MACHINE]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "two"), *words],
+        cwd=suite.ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count(" on 8 videos, 4 could not be read") == 1
+    for name in ("evaluation.json", "predictions.csv"):
+        assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
+
+
 # Each process looks into a folder of its own, as where the nodes share none.
 APART = """
 import os, runpy, sys
