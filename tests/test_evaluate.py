@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import train_suite as suite
+from matplotlib.axes import Axes
 from torch import nn
 
 from model import create
@@ -54,6 +55,8 @@ def test_the_files_say_what_was_printed(checkpoint, videos, tmp_path, capsys):
     told = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert f"top1 {told['top1']:.2%}, top5 {told['top5']:.2%}" in said
     assert (told["videos"], told["broken"], told["views"]) == (8, 4, "1 x 1")
+    assert (told["checkpoint"], told["precision"]) == (str(checkpoint), "float32")
+    assert told["recipe"]["data"]["test_list"] == "test_broken.txt"
     assert [each["video"] for each in told["unreadable"]] == list(suite.BROKEN)
     with open(tmp_path / "out" / "predictions.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -76,10 +79,21 @@ def test_rows_of_the_matrix_are_classes_and_columns_predictions():
 
 
 @pytest.mark.parametrize("count", [2, 61])
-def test_many_classes_are_drawn_without_their_names(tmp_path, count):
+def test_many_classes_are_drawn_without_their_names(tmp_path, monkeypatch, count):
+    named, plain = [], Axes.set_xticks
+    monkeypatch.setattr(
+        Axes,
+        "set_xticks",
+        lambda axes, places, labels=(), **words: (
+            named.extend(labels),
+            plain(axes, places, labels or None, **words),
+        ),
+    )
     png = tmp_path / "confusion.png"
-    results.draw_confusion(torch.eye(count), [f"class {n}" for n in range(count)], png)
+    names = [f"${n} to $10, c^{n} $a_$" for n in range(count)]
+    results.draw_confusion(torch.eye(count), names, png)
     assert png.stat().st_size > 1000
+    assert len(named) == (2 if count == 2 else 0)
 
 
 def test_published_numbers_stand_beside_ours():
@@ -189,6 +203,36 @@ def test_views_may_take_turns(views_per_pass):
     assert seen[:-1] == {0: [5], 1: [1] * 5, 2: [2, 2, 1], 5: [5], 9: [5]}[views_per_pass]
 
 
+def test_scores_that_are_no_finite_numbers_are_told(checkpoint, monkeypatch, capsys):
+    def overflow(model, clips, views_per_pass):
+        logits = view_logits(model, clips, views_per_pass)
+        logits[0] = float("nan")
+        return logits
+
+    monkeypatch.setattr("train.evaluate.view_logits", overflow)
+    assert suite.run_evaluate(checkpoint) == 1
+    out, err = capsys.readouterr()
+    assert "on 8 videos, 3 have scores that are no finite numbers\n" in out
+    assert err.startswith("the scores of 3 videos are no finite numbers, the first being test/")
+
+
+def test_folders_of_classes_name_the_classes_of_weights(tiny, videos, tmp_path, capsys):
+    path = tmp_path / "weights.pth"
+    torch.save(to_official(create("swin_nano", num_classes=8)), path)
+    words = ["--recipe", "demo", "--data.class-names=none.txt", "--data.test-list=test"]
+    assert suite.run_evaluate(path, *words, "--output", str(tmp_path)) == 0
+    rows = (tmp_path / "predictions.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[0].split("/")[1] for row in rows] == [row.split(",")[1] for row in rows]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_test(checkpoint, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert suite.run_evaluate(checkpoint, "--output", str(tmp_path / "file" / "out")) == 1
+    out, err = capsys.readouterr()
+    assert err == f"{tmp_path / 'file' / 'out'}: not a directory\n"
+    assert "top1" not in out
+
+
 def test_a_test_during_training_has_the_views_of_validation(recipe, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("train.loop.evaluate", lambda _, dataset, *rest: seen.append(dataset.views))
@@ -216,3 +260,6 @@ def test_neither_or_both_of_checkpoint_and_published_are_refused(capsys):
         with pytest.raises(SystemExit):
             evaluate.main(words)
         assert "one of --checkpoint and --published is needed" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate.main(["--published", "swin_t_k400_1k", "--recipe", "demo"])
+    assert "leave out --recipe" in capsys.readouterr().err

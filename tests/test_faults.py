@@ -15,6 +15,7 @@ from train_suite import prompt as prompt
 
 from train import data
 from train.checkpoint import load_checkpoint, put
+from train.video import VideoError
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +227,34 @@ def test_a_signal_during_a_test_leaves_it_for_later(recipe, whole, tmp_path, mon
     assert_equal_ends(tmp_path / "run", whole)
     steps = [line["step"] for line in suite.metrics(tmp_path / "run") if line["kind"] == "test"]
     assert steps == [6, 12]
+
+
+def test_videos_that_are_gone_end_the_run_before_it_begins(recipe, videos, tmp_path, capsys):
+    """As where the disk with the videos is not there, or the list is one of folders of frames."""
+    (videos / "gone.txt").write_text("clips/a 120 1\nclips/b 90 0\n")
+    gone = suite.changed(recipe, data={"train_list": "gone.txt"})
+    assert suite.train(gone, tmp_path / "run") == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "none of 2 training videos can be opened, the first being clips/a 120: no such file; "
+        "of folders of frames --data.layout=frames reads the list"
+    )
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_videos_that_go_in_the_middle_end_the_run(recipe, videos, tmp_path, monkeypatch, capsys):
+    plain = data.open_listed
+
+    def gone(listed, settings):
+        if (tmp_path / "run" / "last.pt").exists():
+            raise VideoError(listed.name, "stale file handle")
+        return plain(listed, settings)
+
+    monkeypatch.setattr(data, "open_listed", gone)
+    some = suite.changed(recipe, loop={"most_skipped": 2})
+    assert suite.train(some, tmp_path / "run") == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("of 2 steps in a row, to step 6, no video could be read, the first")
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 4
 
 
 def test_a_class_without_videos_is_named(recipe, videos, tmp_path, capsys):

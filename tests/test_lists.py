@@ -1,6 +1,7 @@
 """Lists of videos: files, folders of classes, folders of frames, tar shards and their index."""
 
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -44,7 +45,9 @@ def test_videos_are_what_was_listed_in_its_order():
     for index in (4, -5):
         with pytest.raises(IndexError):
             videos[index]
-    assert [each.shard for each in videos.first_of_shards()] == ["", "x.tar", "y.tar"]
+    more = Videos([*listed, listed[3]._replace(offset=9), listed[3]._replace(offset=99)])
+    ends = [(each.shard, each.offset) for each in more.ends_of_shards()]
+    assert ends == [("", 0), ("", 0), ("x.tar", 2**40), ("y.tar", 9), ("y.tar", 512)]
 
 
 def test_the_digest_is_of_all_that_was_listed_and_of_its_order():
@@ -87,6 +90,21 @@ def test_a_label_without_a_class_is_refused(tmp_path):
     with pytest.raises(ListError) as caught:
         read_list(path, 4)
     assert str(caught.value) == f"{path}:2: label must be below 4, got 4"
+
+
+def test_names_of_files_may_be_of_any_bytes(tmp_path):
+    (tmp_path / "train" / "hop").mkdir(parents=True)
+    with open(os.fsencode(tmp_path / "train" / "hop") + b"/caf\xe9.mp4", "wb"):
+        pass
+    (found,) = read_videos(tmp_path, "train", CLASSES)
+    assert os.fsencode(found.name) == b"train/hop/caf\xe9.mp4"
+    assert Videos([found]).digest != Videos([Listed("train/hop/caf.mp4", 1)]).digest
+
+
+@pytest.mark.parametrize("line", ["a\0b.mp4 1", "a.mp4 99999999999999999999"])
+def test_what_no_file_or_class_can_be_called_is_refused(tmp_path, line):
+    with pytest.raises(ListError, match=r":1: expected `path label`, got "):
+        read_list(written(tmp_path / "train.txt", line + "\n"))
 
 
 @pytest.mark.parametrize("read", [read_list, read_class_names])

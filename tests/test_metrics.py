@@ -71,6 +71,13 @@ def test_of_equal_scores_the_larger_number_is_the_higher():
                 assert hit == (label in best) == (label in np.argsort(row, kind="stable")[-k:])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_no_finite_numbers_are_never_right(value):
+    rows = torch.tensor([[value] * 3, [0.1, 0.2, value], [0.0, 0.0, 1.0]])
+    assert top_k_accuracy(rows, torch.tensor([2, 2, 2]), 1) == pytest.approx(1 / 3)
+    assert top_k_accuracy(rows, torch.tensor([2, 2, 2]), 3) == pytest.approx(1 / 3)
+
+
 def test_top_k_beyond_the_number_of_classes_counts_them_all():
     scores, labels = torch.randn(10, 3), torch.randint(3, (10,))
     assert top_k_accuracy(scores, labels, 5) == 1

@@ -77,7 +77,7 @@ def test_training_on_broken_videos_alone_is_refused(recipe, videos, tmp_path, ca
     none = suite.changed(recipe, data={"train_list": "train_none.txt"})
     assert suite.train(none, tmp_path / "run") == 1
     said = one_sentence(capsys.readouterr().err)
-    assert said.startswith("none of the 4 training videos could be read, the first being ")
+    assert said.startswith("none of 4 training videos can be opened, the first being ")
     assert not (tmp_path / "run" / "last.pt").exists()
 
 

@@ -152,6 +152,10 @@ def test_going_on_with_a_changed_list_is_refused(recipe, whole, videos, tmp_path
     (moved / "train.txt").write_text("".join(lines[1:]))
     assert suite.train(recipe, output, "--resume", f"--data.root={moved}") == 1
     assert "was made with another train.txt; a changed list needs a run of" in sentence(capsys)
+    shutil.copy(videos / "train.txt", moved / "train.txt")
+    (moved / "test.txt").write_text("".join(lines[:3]))
+    assert suite.train(recipe, output, "--resume", f"--data.root={moved}") == 1
+    assert "was made with another test.txt; a changed list needs a run of" in sentence(capsys)
 
 
 def test_evaluating_on_other_class_names_is_refused(whole, videos, tmp_path, capsys):

@@ -12,7 +12,7 @@ from train.checkpoint import CheckpointError
 from train.data import broken_summary
 from train.lists import ListError
 from train.loop import Run, RunError
-from train.parallel import PARALLEL, Group, joined
+from train.parallel import PARALLEL, DisagreementError, Group, joined
 from train.prefetch import WorkerError
 from train.recipe import Recipe, add_machine_options, count, resolve_recipe, to_dict
 from train.recipes import RECIPES, listing
@@ -22,7 +22,7 @@ from videoswin_kernels.selection import UnavailableError
 
 REFUSALS = (
     *(ListError, CheckpointError, RunError, UnavailableError, WeightsError, WorkerError),
-    *(ReaderError, ImportError),
+    *(ReaderError, DisagreementError, ImportError),
 )
 
 

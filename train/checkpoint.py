@@ -18,7 +18,7 @@ from model.weights.files import FORMAT, WeightsError, sync_folder, write_atomica
 
 # Of a folder all but the first two are in the file REST.
 KEYS = {"model", "optimizer", "recipe", "classes", "step", "best_top1", "broken", "videos"} | {
-    *("scaler", "skipped", "tested"),
+    *("scaler", "skipped", "tested", "test_videos"),
 }
 REST = "rest.pt"
 

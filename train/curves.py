@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
-def draw_curves(metrics: Path, png: Path) -> None:
-    """Draw loss, accuracy and learning rate over epochs from metrics.jsonl."""
+def draw_curves(lines: Sequence[dict[str, Any]], png: Path) -> None:
+    """Draw loss, accuracy and learning rate over epochs from the lines of metrics.jsonl."""
     # Imported here: it takes a second that no other use of the training code should pay.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     train = [line for line in lines if line["kind"] == "train" and "loss" in line]
     test = [line for line in lines if line["kind"] == "test"]
     figure = Figure(figsize=(12, 3.5), layout="constrained")

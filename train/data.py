@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from train.augment import RandAugment, erasing_box
 from train.batches import stream
-from train.lists import Layout, Listed, Videos, find_class_names, read_videos
+from train.lists import Layout, Listed, Videos, find_class_names, read_class_names, read_videos
 from train.members import check_shards, member
 from train.readers.frames import FrameFolder, has_number
 from train.sampling import Rule, sample_interval, sample_uniform
@@ -139,6 +139,16 @@ class DataSettings:
     def read_class_names(self) -> list[str]:
         """The class names; raises ListError."""
         return find_class_names(self.root, self.class_names, self.train_list)
+
+    def known_class_names(self) -> list[str] | None:
+        """The class names if a file or a folder for each class tells them; raises ListError."""
+        path = Path(self.root, self.class_names)
+        if path.is_file():
+            return read_class_names(path)
+        for name in (self.train_list, self.test_list):
+            if Path(self.root, name).is_dir():
+                return find_class_names(self.root, self.class_names, name)
+        return None
 
 
 class Views(NamedTuple):

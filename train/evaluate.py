@@ -18,12 +18,19 @@ from train.checkpoint import CheckpointError
 from train.data import FRAME_ORDERS, Broken, VideoDataset, broken_summary, build_loader
 from train.lists import ListError
 from train.metrics import mean_class_accuracy, top_k_accuracy, video_scores
-from train.parallel import Group, joined
+from train.parallel import DisagreementError, Group, joined
 from train.precision import PRECISIONS, casting
 from train.prefetch import WorkerError, steady
-from train.recipe import LoopSettings, Recipe, add_machine_options, differences, resolve_recipe
+from train.recipe import (
+    LoopSettings,
+    Recipe,
+    add_machine_options,
+    differences,
+    resolve_recipe,
+    to_dict,
+)
 from train.recipes import RECIPES
-from train.results import compare, write_results
+from train.results import claim_folder, compare, write_results
 from train.synthetic import CLASSES, OPPOSITE
 from train.trained import PUBLISHED, Trained, load_trained, names_of
 from train.transforms import normalize
@@ -52,6 +59,12 @@ class Evaluation:
         """Share of videos predicted right, 0 to 1; NaN without any video."""
         return top_k_accuracy(self.scores, self.labels, 1)
 
+    @property
+    def overflowed(self) -> list[str]:
+        """The videos whose scores are no finite numbers; they count as predicted wrong."""
+        finite = self.scores.isfinite().all(dim=1).tolist()
+        return [name for name, is_finite in zip(self.names, finite, strict=True) if not is_finite]
+
     def numbers(self) -> dict[str, float]:
         """Accuracies from 0 to 1, and how many videos they are over."""
         return {
@@ -66,6 +79,8 @@ class Evaluation:
         numbers = self.numbers()
         text = ", ".join(f"{name} {numbers[name]:.2%}" for name in ("top1", "top5", "mean_class"))
         unread = f", {len(self.broken)} could not be read" if self.broken else ""
+        if self.overflowed:
+            unread += f", {len(self.overflowed)} have scores that are no finite numbers"
         return f"{text} on {len(self.labels)} videos{unread}"
 
 
@@ -110,6 +125,8 @@ def evaluate(
                 view_logits(model, black, 1)
         if batch is not None:
             found.append((scores, batch.labels.cpu(), batch.names, batch.broken))
+        # Else those that are done would wait for the last longer than a process is waited for.
+        group.wait()
         if stops and stops():
             return None
     shares = group.gather(found)
@@ -147,6 +164,7 @@ def print_frame_orders(results: dict[str, Evaluation], opposite: tuple[int, ...]
 TEST_FIELDS = ("data.", "loop.test_batch_size", "loop.views_per_pass")
 REFUSALS = (
     *(CheckpointError, ListError, UnavailableError, WeightsError, WorkerError, ReaderError),
+    DisagreementError,
 )
 
 
@@ -177,6 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
     options, overrides = parser.parse_known_args(arguments)
     if (options.checkpoint is None) == (options.published is None):
         parser.error("one of --checkpoint and --published is needed")
+    if options.published and options.recipe:
+        parser.error("--published is the name of a recipe: leave out --recipe")
     if options.published:
         published = PUBLISHED[options.published]
         options.recipe, options.checkpoint = options.published, published.weights
@@ -193,7 +213,8 @@ def main(arguments: list[str] | None = None) -> int:
     except REFUSALS as error:
         print(error, file=sys.stderr)
     except OSError as error:
-        print(f"{error.filename}: {(error.strerror or str(error)).lower()}", file=sys.stderr)
+        where = error.filename or options.output
+        print(f"{where}: {(error.strerror or str(error)).lower()}", file=sys.stderr)
     return 1
 
 
@@ -223,9 +244,15 @@ def _evaluate(trained: Trained, recipe: Recipe, options: argparse.Namespace, gro
     """Tests in this process, of which the first tells; the exit status."""
     data = recipe.data
     path = Path(data.root, data.class_names)
-    trained = trained.named(names_of(path), path)
+    # What was trained has its own order, in which a folder that lacks a class changes nothing.
+    names = names_of(path) if trained.has_names else data.known_class_names()
+    trained = trained.named(names, path if path.is_file() else data.root)
     model, classes = trained.model, trained.classes
     videos = data.read(data.test_list, classes)
+    group.agree("recipe, class names, test videos", to_dict(recipe), classes, videos.digest)
+    if options.output and group.is_first:
+        # Hours before there is something to write.
+        claim_folder(options.output)
     results = {}
     for order in FRAME_ORDERS if options.frame_orders else ["as filmed"]:
         dataset = VideoDataset(videos, data, frame_order=order)
@@ -246,10 +273,24 @@ def _evaluate(trained: Trained, recipe: Recipe, options: argparse.Namespace, gro
     if options.frame_orders:
         print_frame_orders(results, OPPOSITE if tuple(classes) == CLASSES else None)
     if options.output:
-        views = f"{dataset.num_clips} x {dataset.views.crops}"
-        notes = {"checkpoint": str(options.checkpoint), "list": data.test_list, "views": views}
-        write_results(options.output, filmed, classes, {**notes, "precision": options.precision})
-    return 0
+        notes = {
+            "checkpoint": str(options.checkpoint),
+            "published": options.published,
+            "recipe": to_dict(recipe),
+            "views": f"{dataset.num_clips} x {dataset.views.crops}",
+            "kernels": options.kernels,
+            "precision": options.precision,
+        }
+        if options.frame_orders:
+            notes["frame_orders"] = {order: result.top1 for order, result in results.items()}
+        write_results(options.output, filmed, classes, notes)
+    if filmed.overflowed:
+        print(
+            f"the scores of {len(filmed.overflowed)} videos are no finite numbers, the first being "
+            f"{filmed.overflowed[0]}; --precision float32, or other weights",
+            file=sys.stderr,
+        )
+    return int(bool(filmed.overflowed))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ class Videos(Sequence[Listed]):
         """Packs what is listed; it is gone through once."""
         numbers, text, ends, shards = [], bytearray(), [], {}
         for video in listed:
-            text += video.name.encode()
+            # Names of files may be of any bytes.
+            text += video.name.encode(errors="surrogateescape")
             ends.append(len(text))
             shard = shards.setdefault(video.shard, len(shards))
             numbers.append((video.label, video.frames, shard, video.offset, video.size))
@@ -87,16 +88,19 @@ class Videos(Sequence[Listed]):
 
     def _name(self, index: int) -> str:
         start = self._ends[index - 1] if index else 0
-        return self._text[start : self._ends[index]].decode()
+        return self._text[start : self._ends[index]].decode(errors="surrogateescape")
 
     def names(self) -> Iterator[str]:
         """All names, in order."""
         return map(self._name, range(len(self)))
 
-    def first_of_shards(self) -> Iterator[Listed]:
-        """The first listed video of each shard."""
-        _, indices = np.unique(self._numbers[:, 2], return_index=True)
-        return map(self.__getitem__, np.sort(indices).tolist())
+    def ends_of_shards(self) -> Iterator[Listed]:
+        """The first and the last listed video of each shard, where they lie in there."""
+        order = np.lexsort((self._numbers[:, 3], self._numbers[:, 2]))
+        shards = self._numbers[order, 2]
+        is_first = np.diff(shards, prepend=-1) != 0
+        is_last = np.diff(shards, append=-1) != 0
+        return map(self.__getitem__, order[is_first | is_last].tolist())
 
     @property
     def digest(self) -> str:
@@ -161,7 +165,7 @@ def _of_shards(line: str) -> Listed:
 
 def _number(word: str) -> int:
     """A word of digits as an integer; int() takes more: signs, underscores, spaces."""
-    if not word.isdecimal():
+    if not word.isdecimal() or len(word) > 18:
         raise ValueError(word)
     return int(word)
 
@@ -177,6 +181,8 @@ def _read(path: Path, read: object, expected: str, num_classes: int | None) -> V
             if not line:
                 continue
             try:
+                if "\0" in line:
+                    raise ValueError(line)
                 video = read(line)
             except ValueError:
                 raise ListError(f"{path}:{number}: expected {expected}, got {line!r}") from None

@@ -10,6 +10,7 @@ from math import inf, nan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -18,11 +19,7 @@ from model import VideoSwin
 from model.weights.files import write_atomically
 from train.batches import EpochBatches, stream
 from train.checkpoint import newest_first
-from train.data import (
-    Batch,
-    VideoDataset,
-    build_loader,
-)
+from train.data import Batch, VideoDataset, build_loader, open_listed
 from train.evaluate import Evaluation, evaluate
 from train.meter import Meter
 from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
@@ -41,6 +38,7 @@ from train.report import Report
 from train.saving import Checkpoints
 from train.signals import stop_on_signals
 from train.step import Stepper
+from train.video import VideoError
 
 
 class RunError(RuntimeError):
@@ -119,7 +117,8 @@ class Run:
         self.broken: dict[str, str] = {}
         self.broken_test: dict[str, str] = {}
         has_begun = bool(newest_first(self.output))
-        self._agree("recipe, videos, --output", has_begun, to_dict(recipe), videos.digest)
+        digests = (videos.digest, self.test_videos.digest)
+        self.group.agree("recipe, videos, --output", has_begun, to_dict(recipe), digests)
         if has_begun and not resume:
             raise RunError(
                 f"{self.output} already holds a run; --resume continues it, "
@@ -149,7 +148,7 @@ class Run:
             name, rest = self.checkpoints.restore(self._check)
             self.beginning = f"goes on from {name}"
             self._set_counters(rest)
-            self._agree("--output", name, self.step)
+            self.group.agree("--output", name, self.step)
         self.report = Report(
             self.output,
             self.step,
@@ -157,11 +156,6 @@ class Run:
             is_first=self.group.is_first,
             has_tensorboard=has_tensorboard,
         )
-
-    def _agree(self, of: str, *items: Any) -> None:
-        """RunError if another process has other items: it would wait for this one for ever."""
-        if any(each != items for each in self.group.gather(items)):
-            raise RunError(f"the processes of the run do not have the same {of}")
 
     @property
     def classes_without_videos(self) -> list[str]:
@@ -198,8 +192,8 @@ class Run:
         """Train to the last step; False if a signal ended the run early, after a checkpoint.
 
         Raises:
-            RunError: no video can be read, too many steps in a row are skipped, or the last
-                attempt to write a checkpoint failed.
+            RunError: no video can be read, too many steps in a row are skipped or have no video
+                that can be read, or the last attempt to write a checkpoint failed.
             WorkerError: data workers die again and again.
             OSError: recipe.json cannot be written.
         """
@@ -213,7 +207,9 @@ class Run:
             unit="step",
             disable=None if self.group.is_first else True,
         )
-        meter, in_a_row = Meter(self.group), 0
+        meter, in_a_row, unread = Meter(self.group), 0, 0
+        if not self.step:
+            self._try_some()
         with stop_on_signals() as stop, self._profiler() as profiler, bar:
             # A signal may have ended the run before the test of its last epoch.
             goes_on = not self._is_test_due or self._end_epoch(stop)
@@ -228,6 +224,12 @@ class Run:
                         f"the gradients of {in_a_row} steps in a row, to step {self.step}, are no "
                         "finite numbers: a lower optim.lr may help; the weights are those before"
                     )
+                unread = 0 if taken else unread + 1
+                if unread == loop.most_skipped:
+                    said = (
+                        f"of {unread} steps in a row, to step {self.step}, no video could be read"
+                    )
+                    raise RunError(f"{said}{self._first()}")
                 is_epoch_end = self.step % self.steps_per_epoch == 0
                 if self.step % loop.report_every == 0 or is_epoch_end:
                     numbers = meter.take()
@@ -246,6 +248,30 @@ class Run:
             said = "; ".join(failures)
             raise RunError(f"{said}; the ones before are there to go on from")
         return self.step == self.num_steps and not self._is_test_due
+
+    def _try_some(self) -> None:
+        """RunError if of many training videos none can be opened: hours would come to nothing."""
+        data, videos = self.recipe.data, self.dataset.videos
+        places = np.linspace(0, len(videos) - 1, min(len(videos), 64)).astype(int).tolist()
+        broken = {}
+        for video in map(videos.__getitem__, places):
+            try:
+                open_listed(video, data)
+                return
+            except VideoError as error:
+                broken[video.name] = error.reason
+        self.broken |= broken
+        cure = ""
+        if data.layout == "files" and places and videos[0].name.rpartition(" ")[2].isdecimal():
+            cure = "; of folders of frames --data.layout=frames reads the list"
+        said = f"none of {len(broken)} training videos can be opened"
+        raise RunError(f"{said}{self._first()}{cure}")
+
+    def _first(self) -> str:
+        """The last part of a sentence on videos that cannot be read."""
+        for path, reason in self.broken.items():
+            return f", the first being {path}: {reason}"
+        return ""
 
     def _batches(self) -> Iterator[tuple[Batch, float]]:
         """This process's clips of each step that is left, and the seconds it waited for them."""
@@ -304,11 +330,8 @@ class Run:
         """
         self._rest()
         if all(name in self.broken for name in self.dataset.videos.names()):
-            path, reason = next(iter(self.broken.items()))
-            raise RunError(
-                f"none of the {len(self.broken)} training videos could be read, "
-                f"the first being {path}: {reason}"
-            )
+            count = len(self.broken)
+            raise RunError(f"none of the {count} training videos could be read{self._first()}")
         if self._is_test_due:
             result = self.evaluate(lambda: any(self.group.total(bool(stop))))
             if result is None:
@@ -327,8 +350,11 @@ class Run:
             rest = {**self._rest(), "best_top1": result.top1}
             if result.top1 > self.best_top1 and self.checkpoints.save_best(rest):
                 self.best_top1 = result.top1
-            self.report.draw()
         self.checkpoints.save_last(self._rest())
+        # Behind what must not be lost.
+        self.report.name_broken({**self.broken, **self.broken_test})
+        if self.tested == self.step:
+            self.report.draw()
         return True
 
     def evaluate(self, stops: Callable[[], bool] | None = None) -> Evaluation | None:
@@ -366,6 +392,7 @@ class Run:
             "best_top1": self.best_top1,
             "broken": self.broken,
             "videos": self.dataset.videos.digest,
+            "test_videos": self.test_videos.digest,
             "scaler": self.stepper.scaler.state_dict(),
             "skipped": self.skipped,
             "tested": self.tested,
@@ -385,8 +412,13 @@ class Run:
             raise RunError(f"{path} was made with another recipe: {'; '.join(changed)}")
         if rest["classes"] != self.classes:
             raise RunError(f"{path} was made with other class names")
-        if rest["videos"] != self.dataset.videos.digest:
-            raise RunError(
-                f"{path} was made with another {self.recipe.data.train_list}; a changed list "
-                "needs a run of its own (--output)"
-            )
+        data = self.recipe.data
+        for key, videos, name in (
+            ("videos", self.dataset.videos, data.train_list),
+            ("test_videos", self.test_videos, data.test_list),
+        ):
+            if rest[key] != videos.digest:
+                raise RunError(
+                    f"{path} was made with another {name}; a changed list needs a run of its own "
+                    "(--output)"
+                )

@@ -47,8 +47,8 @@ def _is_name(short: str, name: str) -> bool:
 
 
 def check_shards(root: str | Path, videos: Videos, index: str) -> None:
-    """ListError if the first listed video of a shard is not where the index says."""
-    for listed in videos.first_of_shards():
+    """ListError if the first or last listed video of a shard is not where the index says."""
+    for listed in videos.ends_of_shards():
         try:
             member(root, listed)
         except VideoError as error:

@@ -20,12 +20,14 @@ def top_k_accuracy(scores: Tensor, labels: Tensor, k: int) -> float:
     """Share of the rows of `scores` [B, classes] whose label [B] is among the k highest; 0 to 1.
 
     Of equal scores the class of the larger number is the higher, as upstream's `argsort` leaves
-    them in short rows. NaN without rows; k above the number of classes counts them all.
+    them in short rows. A row that has scores that are no finite numbers is not right. NaN without
+    rows; k above the number of classes counts them all.
 
     Source: mmaction2 0.15 `top_k_accuracy`.
     """
     best = scores.argsort(dim=1, stable=True)[:, -k:]
-    return (best == labels[:, None]).any(dim=1).double().mean().item()
+    is_right = (best == labels[:, None]).any(dim=1) & scores.isfinite().all(dim=1)
+    return is_right.double().mean().item()
 
 
 def mean_class_accuracy(predicted: Tensor, labels: Tensor) -> float:

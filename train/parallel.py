@@ -26,6 +26,10 @@ Parallel = Literal["ddp", "fsdp"]
 PARALLEL = ("ddp", "fsdp")
 
 
+class DisagreementError(RuntimeError):
+    """Processes that are to do one thing were told to do several: one sentence."""
+
+
 @dataclass(frozen=True)
 class Group:
     """One process among all of a run.
@@ -61,6 +65,11 @@ class Group:
         items = [None] * self.world
         dist.all_gather_object(items, item)
         return items
+
+    def agree(self, of: str, *items: Any) -> None:
+        """DisagreementError if another process has other items: it would wait for ever."""
+        if any(each != items for each in self.gather(items)):
+            raise DisagreementError(f"the processes of the run do not have the same {of}")
 
     def wait(self) -> None:
         """Returns once every process is here."""

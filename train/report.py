@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +57,26 @@ class Report:
         if not self.is_first:
             return
         line = {"kind": kind, "step": step, "epoch": epoch, "lr": lr, **numbers}
-        with self._in_spite_of_the_disk(), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        with self._in_spite_of_the_disk():
+            _append(self.path, (json.dumps(line, allow_nan=False) + "\n").encode())
         if self.writer:
             for name, number in (("lr", lr), *numbers.items()):
                 self.writer.add_scalar(f"{kind}/{name}", number, step)
             self.writer.flush()
 
+    def name_broken(self, videos: dict[str, str]) -> None:
+        """Writes which videos could not be read so far, and why: a line each, if there are any."""
+        if self.is_first and videos:
+            lines = "".join(f"{path}\t{reason}\n" for path, reason in sorted(videos.items()))
+            text = lines.encode(errors="surrogateescape")
+            with self._in_spite_of_the_disk():
+                write_atomically(self.path.with_name("broken.txt"), lambda file: file.write(text))
+
     def draw(self) -> None:
         """Draws curves.png of all lines so far."""
         if self.is_first:
             with self._in_spite_of_the_disk():
-                draw_curves(self.path, self.path.with_name("curves.png"))
+                draw_curves(read_lines(self.path), self.path.with_name("curves.png"))
 
     @contextmanager
     def _in_spite_of_the_disk(self) -> Iterator[None]:
@@ -92,12 +102,28 @@ class Report:
         """
         if not self.path.is_file():
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("}\n")]
         last = {"train": step, "test": tested}
-        kept = "".join(
-            line
-            for line, told in zip(whole, map(json.loads, whole), strict=True)
-            if told["step"] <= last[told["kind"]]
-        )
+        told = [line for line in read_lines(self.path) if line["step"] <= last[line["kind"]]]
+        kept = "".join(json.dumps(line) + "\n" for line in told)
         write_atomically(self.path, lambda file: file.write(kept.encode()))
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Adds to a file all of the data or, raising OSError, nothing: a full disk takes a part."""
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, but for those that are no whole line."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict)]

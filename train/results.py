@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,13 +41,19 @@ def write_results(
     folder: Path, result: Evaluation, classes: Sequence[str], notes: dict[str, Any]
 ) -> None:
     """Writes evaluation.json, predictions.csv and confusion.png into `folder`; raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
     broken = [{"video": video.path, "reason": video.reason} for video in result.broken]
     text = json.dumps({**notes, **result.numbers(), "unreadable": broken}, indent=2) + "\n"
     _write(folder / "evaluation.json", text)
     _write(folder / "predictions.csv", predictions(result, classes))
     counts = confusion_matrix(result.scores.argmax(dim=1), result.labels, len(classes))
     draw_confusion(counts, classes, folder / "confusion.png")
+
+
+def claim_folder(folder: Path) -> None:
+    """Makes a folder if there is none, and sure that it can be written to; raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 def _write(path: Path, text: str) -> None:
@@ -82,9 +90,10 @@ def draw_confusion(counts: Tensor, classes: Sequence[str], png: Path) -> None:
     axes = figure.subplots()
     image = axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="magma_r", interpolation="nearest")
     if len(classes) <= 60:
-        places = range(len(classes))
-        axes.set_xticks(places, classes, rotation=90, fontsize=7)
-        axes.set_yticks(places, classes, fontsize=7)
+        # What is between two dollars would be taken for a formula.
+        places, names = range(len(classes)), [name.replace("$", r"\$") for name in classes]
+        axes.set_xticks(places, names, rotation=90, fontsize=7)
+        axes.set_yticks(places, names, fontsize=7)
     axes.set_xlabel("predicted")
     axes.set_ylabel("class")
     figure.colorbar(image, label="share of the class's videos")
