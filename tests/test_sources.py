@@ -23,6 +23,7 @@ from train.data import (
     Views,
     build_loader,
     collate,
+    read_test_clips,
     sample_test_clips,
 )
 from train.lists import ListError
@@ -30,7 +31,7 @@ from train.optim import OptimSettings
 from train.parallel import Group
 from train.recipe import LoopSettings
 from train.step import Stepper
-from train.transforms import normalize
+from train.transforms import EvalTransform, normalize
 from train.video import ReaderError, open_video
 
 CPU = torch.device("cpu")
@@ -111,6 +112,21 @@ def test_another_reader_gives_the_same_clips(root, layout):
         assert torch.equal(one, dataset(root, layout)[0, index].clips)
 
 
+def test_frames_of_a_test_are_read_once_and_few_at_a_time(root, monkeypatch):
+    chosen = settings(root, "files", test_clips=4)
+    video = open_video(root / "train" / "dig" / "a b.mp4")
+    whole, asked, plain = read_test_clips(video, chosen), [], video.read
+    monkeypatch.setattr(video, "read", lambda part: asked.append(part.tolist()) or plain(part))
+    monkeypatch.setattr("train.data._FRAMES_AT_ONCE", 3)
+    assert torch.equal(read_test_clips(video, chosen), whole)
+    numbers = [number for part in asked for number in part]
+    assert numbers == sorted(set(numbers))
+    assert max(map(len, asked)) == 3
+    frames = video.read(sample_test_clips(11, chosen, 4).ravel())
+    expected = EvalTransform(32, 32, 3)(list(frames.split(4)))
+    assert torch.equal(whole, expected)
+
+
 def test_workers_read_shards(root):
     batches = ordered_batches(2, 1)
     found = list(build_loader(dataset(root, "shards", workers=2), batches, CPU))
@@ -146,9 +162,7 @@ def test_a_missing_frame_costs_its_video_alone(root):
 
 @pytest.mark.parametrize("name", ["img.jpg", "{}{}.jpg", "{x}.jpg", "{:05"])
 def test_a_name_of_frames_without_their_number_is_refused(name):
-    with pytest.raises(
-        ValueError, match=r"^data\.frame_name must have one place for a number"
-    ):
+    with pytest.raises(ValueError, match=r"^data\.frame_name must have one place for a number"):
         replace(SETTINGS, frame_name=name)
 
 
