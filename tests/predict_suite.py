@@ -15,7 +15,9 @@ import av
 import train_suite as suite
 
 from model import VideoSwin, create
+from train import features
 from train.checkpoint import KEYS, save_checkpoint
+from train.feature_files import FeatureSettings
 from train.recipe import Recipe, to_dict
 
 # Between the brightnesses of two frames; decoding is off by one or two.
@@ -23,13 +25,13 @@ STEP = 6
 CLASSES = ("left", "right", "Straße queren", "up", "down", "спин", "grow", "shrink")
 
 
-def write_grey(path: Path, frames: int, height: int = 48, width: int = 80) -> Path:
+def write_grey(path: Path, frames: int, height: int = 48, width: int = 80, **options: str) -> Path:
     """A video of which frame i has the brightness 6 i, and more at its left and right ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        stream.options = {"threads": "1", "preset": "ultrafast", "g": "12"}
+        stream.options = {"threads": "1", "preset": "ultrafast", "g": "12", **options}
         for number in range(frames):
             picture = np.full((height, width, 3), STEP * number, dtype=np.uint8)
             picture[:, : width // 8] += 100
@@ -89,3 +91,31 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(kind, "forward", forward)
     return found
+
+
+def feature_settings(**values) -> FeatureSettings:
+    """Of the recipe's clips, pooled, but for these values."""
+    plain = {
+        **{"checkpoint_sha256": "", "model": "swin_nano", "clip_len": 4, "interval": 2},
+        **{"stride": 8, "kind": "pooled", "crops": 1, "short_side": 16, "crop": 16},
+        **{"reader": "decord", "precision": "float32", "dtype": "float32", "format": "npy"},
+    }
+    return FeatureSettings(**{**plain, **values})
+
+
+def run_features(checkpoint: Path, output: Path, *words, source: Path | None = None) -> int:
+    """Runs `python -m train.features` into a folder; its status."""
+    machine = [*suite.MACHINE, "--kernels", "reference"]
+    given = ["--checkpoint", source or checkpoint, "--output", output, *words, *machine]
+    return features.main(list(map(str, given)))
+
+
+def stored(folder: Path) -> dict[str, np.ndarray]:
+    """What the npy files of a folder hold, by their names."""
+    return {str(path.relative_to(folder)): np.load(path) for path in folder.rglob("*.npy")}
+
+
+def only(folder: Path) -> np.ndarray:
+    """What the one npy file of a folder holds."""
+    (array,) = stored(folder).values()
+    return array

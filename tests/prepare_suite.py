@@ -13,7 +13,7 @@ from train.prepare.__main__ import main
 def prepare(*words) -> int:
     """The exit status of a command; of those with workers, in this process."""
     has_workers = words[0] in ("reencode", "check") and "--workers" not in words
-    return main([*map(str, words), *(["--workers", "1"] if has_workers else [])])
+    return main([*map(str, words), *(["--workers", "0"] if has_workers else [])])
 
 
 def touch(root: Path, *names: str) -> None:
@@ -50,9 +50,13 @@ def write_video(
     sound=False,
     rotation=None,
     matrix=None,
+    is_full=False,
     **options,
 ) -> Path:
-    """Encode `pictures`, uint8 [H, W, 3] each, at `times` in ms, else 24 a second."""
+    """Encode `pictures`, uint8 [H, W, 3] each, at `times` in ms, else 24 a second.
+
+    `matrix` is FFmpeg's number for the coding of colours, which the file then says.
+    """
     pictures = [quarters()] * 12 if pictures is None else pictures
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
@@ -62,12 +66,19 @@ def write_video(
         if rotation is not None:
             stream.set_display_rotation(rotation)
         if matrix is not None:
-            stream.set_display_matrix(matrix)
+            stream.codec_context.colorspace = matrix
+            stream.codec_context.color_range = 1 + is_full
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         heard = container.add_stream("aac", rate=44100) if sound else None
         for number, picture in enumerate(pictures):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if matrix is not None:
+                # PyAV's numbers are of another list, where BT.601 is 5.
+                coding = {1: 1, 6: 5}[matrix]
+                frame = frame.reformat(
+                    format=pixels, dst_colorspace=coding, dst_color_range=1 + is_full
+                )
             if times is not None:
                 frame.pts, frame.time_base = times[number], Fraction(1, 1000)
             container.mux(stream.encode(frame))

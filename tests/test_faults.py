@@ -8,8 +8,10 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 
 import pytest
+import torch
 import train_suite as suite
 from train_suite import prompt as prompt
 
@@ -227,6 +229,29 @@ def test_a_signal_during_a_test_leaves_it_for_later(recipe, whole, tmp_path, mon
     assert_equal_ends(tmp_path / "run", whole)
     steps = [line["step"] for line in suite.metrics(tmp_path / "run") if line["kind"] == "test"]
     assert steps == [6, 12]
+
+
+@pytest.mark.usefixtures("prompt")
+@pytest.mark.parametrize(
+    "name",
+    ["train/left/00001.mp4", pytest.param("test/up/00000.mp4", marks=pytest.mark.slow)],
+)
+def test_a_video_that_hangs_its_reader_is_broken(recipe, tmp_path, monkeypatch, capsys, name):
+    """And only that one: the others that were being read meanwhile are read."""
+    plain = data.open_listed
+
+    def hang(listed, settings):
+        while listed.name == name and torch.utils.data.get_worker_info():
+            time.sleep(60)
+        return plain(listed, settings)
+
+    monkeypatch.setattr(data, "open_listed", hang)
+    slow = suite.changed(recipe, data={"workers": 2, "patience": 3}, loop={"epochs": 1})
+    assert suite.train(slow, tmp_path / "run") == 0
+    out, err = capsys.readouterr()
+    assert "DataLoader worker is silent for 3 seconds; reading begins again where it was\n" in err
+    said = f"{name}: it took longer to read than data.patience\n"
+    assert f"videos that could not be read: 1\n  {said}" in out
 
 
 def test_videos_that_are_gone_end_the_run_before_it_begins(recipe, videos, tmp_path, capsys):

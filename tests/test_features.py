@@ -1,7 +1,8 @@
-"""Features: of which frames they are, that they are what the classifier sees, and their folder."""
+"""Features: of which frames they are, and that they are what the classifier sees."""
 
 import json
-from copy import deepcopy
+import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +10,15 @@ import predict_suite as predicting
 import pytest
 import torch
 import train_suite as suite
-from predict_suite import numbers_of
+from predict_suite import feature_settings, numbers_of, only, run_features, stored
 from safetensors import safe_open
 
 from model.weights import to_official, to_torchvision
 from train import features
 from train.extraction import clip_starts, read_clips
-from train.feature_files import FeatureSettings
 from train.recipes import RECIPES
 from train.transforms import center_crop, normalize, resize_short_side, three_crop
-from train.video import VideoError, open_video
+from train.video import open_video
 
 # The recipe's clips have 4 frames, every second one. Of 20 frames, the stride being 8:
 STARTS = [0, 8, 12]
@@ -41,30 +41,11 @@ def twenty(videos) -> Path:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return predicting.write_checkpoint(tmp_path_factory.mktemp("trained") / "last.pt")
-
-
-@pytest.fixture(scope="module")
-def extract(checkpoint):
+def extract(tmp_path_factory):
     """Runs the command into a folder; its status."""
-
-    def run(output, *words, source=checkpoint) -> int:
-        machine = [*suite.MACHINE, "--kernels", "reference"]
-        given = ["--checkpoint", source, "--output", output, *words, *machine]
-        return features.main(list(map(str, given)))
-
-    return run
-
-
-def stored(folder: Path) -> dict[str, np.ndarray]:
-    """What the npy files of a folder hold, by their names."""
-    return {str(path.relative_to(folder)): np.load(path) for path in folder.rglob("*.npy")}
-
-
-def only(folder: Path) -> np.ndarray:
-    (array,) = stored(folder).values()
-    return array
+    return partial(
+        run_features, predicting.write_checkpoint(tmp_path_factory.mktemp("trained") / "last.pt")
+    )
 
 
 def clip_of(path: Path, start: int, cut=lambda frames: [center_crop(frames, 16)]) -> torch.Tensor:
@@ -119,22 +100,13 @@ def test_counts_below_one_are_refused(name):
         clip_starts(**counts)
 
 
-def settings(**values) -> FeatureSettings:
-    plain = {
-        **{"checkpoint_sha256": "", "model": "swin_nano", "clip_len": 4, "interval": 2},
-        **{"stride": 8, "kind": "pooled", "crops": 1, "short_side": 16, "crop": 16},
-        **{"reader": "decord", "precision": "float32", "dtype": "float32", "format": "npy"},
-    }
-    return FeatureSettings(**{**plain, **values})
-
-
 @pytest.mark.parametrize("stride", [1, 3, 8])
 def test_clips_have_their_frames_and_each_is_read_once(twenty, monkeypatch, stride):
     video, read = open_video(twenty), []
     plain = video.read
     monkeypatch.setattr(video, "read", lambda numbers: read.extend(numbers) or plain(numbers))
     starts = clip_starts(20, clip_len=4, interval=2, stride=stride)
-    clips = list(read_clips(video, starts, settings()))
+    clips = list(read_clips(video, starts, feature_settings()))
     expected = [[start + 2 * n for n in range(4)] for start in starts.tolist()]
     assert [numbers_of(clip[0]) for clip in clips] == expected
     assert sorted(read) == sorted({number for clip in expected for number in clip})
@@ -142,8 +114,32 @@ def test_clips_have_their_frames_and_each_is_read_once(twenty, monkeypatch, stri
 
 @pytest.mark.parametrize(("name", "expected"), [("b/sub/five.mp4", [0, 2, 4, 1])])
 def test_a_short_video_begins_again(videos, name, expected):
-    (clip,) = read_clips(open_video(videos / name), np.array([0]), settings())
+    (clip,) = read_clips(open_video(videos / name), np.array([0]), feature_settings())
     assert numbers_of(clip[0]) == expected
+
+
+def test_clips_of_a_video_without_times_decode_it_once_more(tmp_path, monkeypatch):
+    """From the start for each clip, an hour of video would never end."""
+    from train.readers import pyav
+
+    path = predicting.write_grey(tmp_path / "grey.avi", 24, preset="veryfast", bf="2")
+    decoded, plain = [], pyav.Search._number
+    monkeypatch.setattr(
+        pyav.Search, "_number", lambda self, frame: decoded.append(1) or plain(self, frame)
+    )
+    video = open_video(path, "pyav")
+    assert video._times is None
+    starts, before = clip_starts(24, clip_len=4, interval=2, stride=2), os.listdir("/proc/self/fd")
+    clips = list(read_clips(video, starts, feature_settings(reader="pyav", stride=2)))
+    found = [numbers_of(clip[0]) for clip in clips]
+    assert found == [[start + 2 * n for n in range(4)] for start in starts.tolist()]
+    assert len(decoded) == 23
+    # Backwards it begins anew, and so after the last frame, which closes the file.
+    for indices in ([7, 9], [9], [3, 23], [0]):
+        assert numbers_of(video.read(indices).transpose(0, 1)[..., 40:]) == indices
+    assert len(os.listdir("/proc/self/fd")) == len(before) + 1
+    del video
+    assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 # What is stored.
@@ -236,140 +232,11 @@ def test_a_lower_precision_is_near(extract, twenty, tmp_path):
     assert only(tmp_path / "low").dtype == np.float32
 
 
-# The folder.
-
-
-def stamps(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.*") if path.is_file()}
-
-
-@pytest.mark.parametrize("kind", ["npy", "safetensors"])
-def test_what_is_complete_is_left_alone(extract, videos, tmp_path, monkeypatch, capsys, kind):
-    words = (videos / "b" / "sub", videos / "c.mkv", "--format", kind)
-    assert extract(tmp_path, *words) == 0
-    assert capsys.readouterr().out == f"2 videos done, 0 were there: {tmp_path}\n"
-    before, calls = stamps(tmp_path), predicting.recorded(monkeypatch)
-    assert extract(tmp_path, *words) == 0
-    assert capsys.readouterr().out == f"0 videos done, 2 were there: {tmp_path}\n"
-    assert stamps(tmp_path) == before
-    assert calls == []
-    (tmp_path / f"five.mp4.{kind}").unlink()
-    assert extract(tmp_path, *words) == 0
-    assert len(calls) == 1
-    after = stamps(tmp_path)
-    assert after.keys() == before.keys()
-    changed = {path.name for path in after if after[path] != before[path]}
-    assert changed == {f"five.mp4.{kind}"} | ({"five.mp4.npy.json"} if kind == "npy" else set())
-
-
-def test_another_video_of_the_same_name_is_done_anew(extract, tmp_path):
-    video, output = tmp_path / "in" / "x.mp4", tmp_path / "out"
-    predicting.write_grey(video, 9)
-    assert extract(output, video.parent) == 0
-    predicting.write_grey(video, 20)
-    assert extract(output, video.parent) == 0
-    assert len(only(output)) == 3
-    video.unlink()
-    before = stamps(output)
-    (video.parent / "y.txt").write_text("x.mp4\n")
-    assert extract(output, video.parent / "y.txt") == 0
-    assert stamps(output) == before
-
-
-@pytest.mark.parametrize("has_older", [False, True])
-def test_nothing_seems_complete_that_was_interrupted(extract, tmp_path, monkeypatch, has_older):
-    """Nor the features of another video that was there before under this name."""
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    video, output = tmp_path / "in" / "x.mp4", tmp_path / "out"
-    if has_older:
-        predicting.write_grey(video, 9)
-        assert extract(output, video.parent) == 0
-    predicting.write_grey(video, 20)
-    with monkeypatch.context() as patch:
-        patch.setattr("train.feature_files.np.save", stop)
-        with pytest.raises(KeyboardInterrupt):
-            extract(output, video.parent)
-    calls = predicting.recorded(monkeypatch)
-    assert extract(output, video.parent) == 0
-    assert len(calls) == 1
-    assert only(output).shape == (3, 128)
-
-
-def test_other_settings_and_other_weights_are_refused(extract, twenty, tmp_path, capsys):
-    output = tmp_path / "out"
-    assert extract(output, twenty) == 0
-    before = stamps(output)
-    capsys.readouterr()
-    assert extract(output, twenty, "--stride", "4", "--half") == 1
-    said = capsys.readouterr().err
-    differences = "stride: 8 -> 4; dtype: 'float32' -> 'float16'"
-    assert said == (
-        f"{output}: has features of other settings, {differences}: choose another --output\n"
-    )
-    other = deepcopy(predicting.trained_model())
-    other.cls_head.fc_cls.bias.data += 1
-    source = predicting.write_checkpoint(tmp_path / "other.pt", other)
-    assert extract(output, twenty, source=source) == 1
-    assert "checkpoint_sha256: " in capsys.readouterr().err
-    assert stamps(output) == before
-    (output / "settings.json").write_text("[")
-    assert extract(output, twenty) == 1
-    assert "must be the settings of features" in capsys.readouterr().err
-
-
-def test_shards_have_each_video_once(extract, videos, tmp_path):
-    (videos / "list.txt").write_text("b/twenty.mp4 0\nc.mkv 1\nb/sub/five.mp4 2\n")
-    seen = []
-    for index in (1, 2):
-        before = set(stored(tmp_path))
-        assert extract(tmp_path, videos / "list.txt", "--shard", f"{index}/2") == 0
-        seen.append(sorted(set(stored(tmp_path)) - before))
-    (videos / "list.txt").unlink()
-    assert seen == [["b/sub/five.mp4.npy", "b/twenty.mp4.npy"], ["c.mkv.npy"]]
-    assert not list(tmp_path.glob("settings.*-of-*"))
-
-
 @pytest.mark.parametrize("word", ["0/2", "3/2", "2", "a/b", "1/0"])
 def test_a_shard_that_is_none_is_refused(extract, tmp_path, capsys, word):
     with pytest.raises(SystemExit):
         extract(tmp_path, "x.mp4", "--shard", word)
     assert "must be I/N with I from 1 to N" in capsys.readouterr().err
-
-
-def test_broken_videos_are_named_counted_and_survived(extract, videos, tmp_path, capsys):
-    assert extract(tmp_path, videos) == 1
-    out, _ = capsys.readouterr()
-    assert f"3 videos done, 0 were there: {tmp_path}\n" in out
-    reason = "not a video decord can open"
-    assert f"videos that could not be read: 1\n  b/broken.mp4: {reason}\n" in out
-    assert (tmp_path / "broken.txt").read_text() == f"b/broken.mp4\t{reason}\n"
-    names = {"b/twenty.mp4.npy", "b/sub/five.mp4.npy", "c.mkv.npy"}
-    assert set(stored(tmp_path)) == names
-    assert extract(tmp_path, videos / "b" / "sub") == 0
-    assert not (tmp_path / "broken.txt").exists()
-
-
-def test_a_video_that_breaks_off_leaves_nothing_and_the_next_is_whole(
-    extract, videos, tmp_path, monkeypatch
-):
-    """The first clips were through the model by then."""
-    plain = read_clips
-
-    def broken(video, starts, settings):
-        for number, clip in enumerate(plain(video, starts, settings)):
-            if number == 2:
-                raise VideoError(video.path, "it breaks off")
-            yield clip
-
-    monkeypatch.setattr("train.extraction.read_clips", broken)
-    words = (videos / "b" / "twenty.mp4", videos / "c.mkv", "--batch-size", "1")
-    assert extract(tmp_path, *words) == 1
-    assert [Path(name).name for name in stored(tmp_path)] == ["c.mkv.npy"]
-    assert len(only(tmp_path)) == 2
-    assert (tmp_path / "broken.txt").read_text().endswith("twenty.mp4\tit breaks off\n")
 
 
 @pytest.mark.parametrize(
@@ -401,3 +268,27 @@ def test_a_recipe_without_an_interval_needs_one(extract, twenty, tmp_path, monke
     assert extract(tmp_path / "out", twenty, *words, **given) == 1
     assert capsys.readouterr().err.startswith("--interval is needed: the recipe spreads")
     assert extract(tmp_path / "out", twenty, *words, "--interval", "2", **given) == 0
+
+
+# Who does it.
+
+
+def test_each_process_of_torchrun_has_its_share(extract, videos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    seen = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        before = set(stored(tmp_path))
+        assert extract(tmp_path, videos) == (rank == "0")
+        seen.append(sorted(set(stored(tmp_path)) - before))
+    # The first of the sorted four is broken.
+    assert seen == [["b/twenty.mp4.npy"], ["b/sub/five.mp4.npy", "c.mkv.npy"]]
+    assert (tmp_path / "broken.1-of-2.txt").exists()
+    with pytest.raises(SystemExit):
+        extract(tmp_path, videos, "--shard", "1/2")
+    assert "torchrun has made this process 2/2: leave it out" in capsys.readouterr().err
+    chosen = []
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    assert features.place("cuda") == ((2, 2), torch.device("cuda:1"))
+    assert chosen == [torch.device("cuda:1")]

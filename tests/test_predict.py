@@ -1,6 +1,8 @@
 """Predictions: what is told, written and drawn of videos is what the model makes of them."""
 
+import errno
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,16 @@ import train_suite as suite
 from PIL import Image
 from predict_suite import CLASSES, numbers_of
 
-from model.weights import to_official
+from model.weights import save_weights, to_official, to_torchvision
+from model.weights.files import FORMAT
 from train import contact_sheet as sheets
 from train import predict
+from train.checkpoint import KEYS, CheckpointError
 from train.given import check_names, given_videos
 from train.lists import ListError
 from train.predict import one_behind
 from train.recipes import RECIPES
+from train.trained import load_trained
 from train.transforms import center_crop, normalize, resize_short_side, three_crop
 from train.video import open_video
 
@@ -251,3 +256,160 @@ def test_a_checkpoint_has_to_be_named(capsys):
     with pytest.raises(SystemExit):
         predict.main(["x.mp4"])
     assert "--checkpoint is needed" in capsys.readouterr().err
+
+
+# What goes wrong, and what is kept of it.
+
+
+def test_what_was_asked_for_stands_in_the_json(checkpoint, videos, tmp_path, monkeypatch):
+    uniform = suite.changed(
+        predicting.recipe(), data={"sampling": "uniform", "test_crops": 1, "val_clips": 1}
+    )
+    monkeypatch.setitem(RECIPES, "tiny", uniform)
+    torch.save(to_official(predicting.trained_model()), tmp_path / "weights.pth")
+    found = []
+    for source, words in (
+        (checkpoint, ["--data.reader=pyav"]),
+        (tmp_path / "weights.pth", ["--recipe", "tiny", "--precision", "bfloat16"]),
+    ):
+        path = tmp_path / "told.json"
+        assert suite.run_predict(source, videos / "c.mkv", "--json", path, *words) == 0
+        found.append(json.loads(path.read_text()))
+        (told,) = found[-1].pop("videos")
+        assert found[-1].pop("checkpoint") == str(source)
+        assert found[-1].pop("complete") is True
+        assert found[-1]["views"]["clips"] == len(told["frames"])
+    one, two = {"clips": 3, "crops": 3}, {"clips": 1, "crops": 1}
+    assert found == [
+        {"recipe": None, "reader": "pyav", "precision": "float32", "views": one},
+        {"recipe": "tiny", "reader": "decord", "precision": "bfloat16", "views": two},
+    ]
+
+
+def test_what_is_known_is_kept_where_the_run_ends(checkpoint, videos, tmp_path, monkeypatch):
+    def stop(prediction, *_):
+        if prediction.video.name == "b/twenty.mp4":
+            raise KeyboardInterrupt
+        return plain(prediction, *_)
+
+    plain, path = predict.table, tmp_path / "told.json"
+    monkeypatch.setattr(predict, "table", stop)
+    with pytest.raises(KeyboardInterrupt):
+        suite.run_predict(checkpoint, videos, "--json", path)
+    told = json.loads(path.read_text())
+    names = [Path(each["video"]).name for each in told["videos"]]
+    assert names == ["broken.mp4", "five.mp4", "twenty.mp4"]
+    assert told["complete"] is False
+
+
+def test_a_sheet_that_cannot_be_written_is_told_and_survived(checkpoint, videos, tmp_path, capsys):
+    sheets = tmp_path / "sheets"
+    (sheets / "five.mp4.png").mkdir(parents=True)
+    words = ("--sheet", sheets, "--json", tmp_path / "told.json")
+    given = (videos / "b" / "sub", videos / "c.mkv")
+    assert suite.run_predict(checkpoint, *given, *words) == 1
+    out, err = capsys.readouterr()
+    assert err == f"{sheets / 'five.mp4.png'}: is a directory\n"
+    assert out.endswith("1 of 2 videos have no sheet\n")
+    assert len(json.loads((tmp_path / "told.json").read_text())["videos"]) == 2
+    assert [path.name for path in sheets.rglob("c.mkv.png")] == ["c.mkv.png"]
+
+
+@pytest.mark.parametrize("option", ["--json", "--sheet"])
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_where_nothing_can_be_written_nothing_is_computed(
+    checkpoint, videos, tmp_path, monkeypatch, capsys, option, is_folder
+):
+    calls = predicting.recorded(monkeypatch)
+    path = tmp_path / "file" / "x"
+    if is_folder and option == "--json":
+        path.mkdir(parents=True)
+        where, reason = path, "is a directory"
+    else:
+        (tmp_path / "file").write_text("")
+        where = tmp_path / "file" if option == "--json" else path
+        reason = "file exists" if option == "--json" else "not a directory"
+    assert suite.run_predict(checkpoint, videos / "c.mkv", option, path) == 1
+    assert capsys.readouterr().err == f"{where}: {reason}\n"
+    assert calls == []
+
+
+def test_an_error_without_a_path_names_one(checkpoint, videos, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(predict, "write_atomically", full)
+    path = tmp_path / "told.json"
+    assert suite.run_predict(checkpoint, videos / "c.mkv", "--json", path) == 1
+    assert capsys.readouterr().err == f"{path}: no space left on device\n"
+
+
+@pytest.mark.parametrize("value", [3e38, -3e38])
+def test_scores_that_are_not_finite_are_no_answer(videos, tmp_path, capsys, value):
+    """Of the logits one is infinite: minus infinity alone would be a probability of zero."""
+    model = deepcopy(predicting.trained_model())
+    model.backbone.norm.weight.data.zero_()
+    model.backbone.norm.bias.data.fill_(1)
+    model.cls_head.fc_cls.weight.data[2] = value
+    source, path = tmp_path / "last.pt", tmp_path / "told.json"
+    predicting.write_checkpoint(source, model)
+    video = videos / "b" / "twenty.mp4"
+    words = ("--json", path, "--sheet", tmp_path / "sheets")
+    assert suite.run_predict(source, video, videos / "b" / "broken.mp4", *words) == 1
+    out, err = capsys.readouterr()
+    reason = "its scores are NaN or infinite at --precision float32"
+    assert err.startswith(f"{video}: {reason}\n")
+    assert "1 of 2 videos have no finite scores\n1 of 2 videos could not be read\n" in out
+    assert json.loads(path.read_text())["videos"][0] == {"video": str(video), "error": reason}
+    assert not list((tmp_path / "sheets").iterdir())
+
+
+def test_it_is_not_for_torchrun(checkpoint, videos, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert suite.run_predict(checkpoint, videos) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("predict: must be started as one process, got 2 of torchrun: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["official", "torchvision", "own.pth", "own.safetensors"])
+def test_weights_without_their_recipe_are_told_the_cure(tmp_path, kind):
+    path, model = tmp_path / f"{kind}.pth", predicting.trained_model()
+    if kind.startswith("own"):
+        path = tmp_path / kind
+        save_weights(model, path)
+    else:
+        torch.save((to_official if kind == "official" else to_torchvision)(model), path)
+    check_cure(path)
+
+
+@pytest.mark.parametrize("name", ["k400", "ssv2", "https://a.org/w.pth", "s3://b/w.pth"])
+def test_names_and_addresses_without_a_recipe_are_told_the_cure(name):
+    check_cure(name)
+
+
+def check_cure(source) -> None:
+    cure = "expected a file written by `python -m train`; weights need --recipe NAME"
+    with pytest.raises(CheckpointError) as caught:
+        load_trained(source, "auto", torch.device("cpu"))
+    assert str(caught.value) == f"cannot load {source}: {cure}"
+
+
+def test_what_is_no_weights_is_not_told_to_need_a_recipe(tmp_path):
+    state = dict.fromkeys({*KEYS, "format"} - {"step"})
+    state.update(format=FORMAT, model=predicting.trained_model().state_dict())
+    torch.save(state, tmp_path / "old.pt")
+    (tmp_path / "text.pth").write_text("text")
+    for name, said in (
+        ("old.pt", "it has no step"),
+        ("text.pth", "not a c"),
+        ("no.pth", "no such"),
+    ):
+        with pytest.raises(CheckpointError, match=said) as caught:
+            load_trained(tmp_path / name, "auto", torch.device("cpu"))
+        assert "--recipe" not in str(caught.value)
+
+
+def test_an_address_of_another_kind_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="must be the http or https address of a file, got"):
+        load_trained("s3://b/w.pth", "auto", torch.device("cpu"), "swin_t_k400_1k")

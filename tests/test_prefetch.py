@@ -63,6 +63,7 @@ class Videos(torch.utils.data.Dataset):
 
     class settings:
         workers = 2
+        patience = 0
 
     def __init__(self, fatal, deaths, folder):
         self.fatal, self.deaths, self.folder = fatal, deaths, folder

@@ -60,6 +60,25 @@ def test_folders_with_splits(root, capsys, test):
     assert not list(root.glob("*.partial"))
 
 
+@pytest.mark.parametrize("names", [["test/empty/readme"], ["test/1.mp4", "test/2.mp4"]])
+def test_a_test_folder_without_labels_gives_way_to_val(root, capsys, names):
+    touch(root, "train/a/1.mp4", *names)
+    reason = "no video in the folder of a class of test"
+    assert reason in refusal(capsys, "list", "folders", root)
+    touch(root, "val/a/3.mp4")
+    assert prepare("list", "folders", root) == 0
+    assert listed(root, "test.txt") == [("val/a/3.mp4", 0)]
+
+
+def test_no_list_is_empty(root, tmp_path, capsys):
+    touch(root, "a/1.mp4", "b/2.mp4")
+    assert "there is no video for test.txt" in refusal(capsys, "list", "folders", root)
+    (tmp_path / "k.csv").write_text(KINETICS + "x,q,1,11,train\ny,b,1,11,val\n")
+    touch(root, "b_000001_000011.mp4")
+    words = ("list", "kinetics", root, "--annotations", tmp_path / "k.csv")
+    assert "no video for train.txt, 1 are missing" in refusal(capsys, *words)
+
+
 def test_folders_without_splits_share_each_class(root):
     names = [f"{kind}/{i}.mp4" for kind in ("run", "walk on") for i in range(200)]
     touch(root, *names, "pair/1.mp4", "pair/2.mp4", "lone/1.mp4")
@@ -145,6 +164,17 @@ def test_folders_that_are_no_data_set_are_refused(root, capsys):
     assert [path.name for path in root.iterdir() if path.suffix == ".txt"] == []
 
 
+@pytest.mark.parametrize("command", ["list", "index"])
+def test_what_was_stopped_and_begins_anew_says_no_more(root, capsys, monkeypatch, command):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    for module in ("found.survey", "shards.build_index"):
+        monkeypatch.setattr(f"train.prepare.{module}", stopped)
+    assert prepare(command, *(["folders"] if command == "list" else []), root) == 130
+    assert capsys.readouterr().err == "\nstopped\n"
+
+
 def test_frames(root, capsys):
     for name, numbers in {
         "train/a b/x y.mp4": (1, 2, 3),
@@ -221,6 +251,20 @@ def test_kinetics_of_files_by_the_column_of_the_split(root, tmp_path, capsys):
         assert reason in refusal(capsys, "list", "kinetics", root, "--annotations", other)
 
 
+def test_kinetics_of_a_folder_by_the_ends_of_names(root, tmp_path, capsys):
+    touch(root, "a_000001_000011.mp4", "b_000001_000011.mp4")
+    folder = tmp_path / "csv"
+    touch(folder, "readme.csv", "contrain.csv")
+    words = ("list", "kinetics", root, "--annotations", folder)
+    assert refusal(capsys, *words) == f"{folder}: there is no train.csv or val.csv in it"
+    for name, video in (("kinetics_train", "a"), ("Kinetics-400-VAL", "b")):
+        text = f"label,youtube_id,time_start,time_end\nx,{video},1,11\n"
+        (folder / f"{name}.csv").write_text(text)
+    assert prepare(*words) == 0
+    assert listed(root) == [("a_000001_000011.mp4", 0)]
+    assert listed(root, "test.txt") == [("b_000001_000011.mp4", 0)]
+
+
 @pytest.mark.parametrize("prefix", ["something-something-v2-", ""])
 def test_sthv2(root, tmp_path, capsys, prefix):
     folder = root if prefix else root / "20bn-something-something-v2"
@@ -250,10 +294,14 @@ def test_sthv2(root, tmp_path, capsys, prefix):
     entries["train"][0]["template"] = "Eating [something]"
     (tmp_path / f"{prefix}train.json").write_text(json.dumps(entries["train"]))
     assert "'Eating something', which is none of the 3 labels" in refusal(capsys, *words)
+    (tmp_path / f"{prefix}train.json").write_text('["1"]')
+    assert "train must list objects, got '1'" in refusal(capsys, *words)
     (tmp_path / f"{prefix}train.json").write_text("[")
     assert "not JSON" in refusal(capsys, *words)
     (tmp_path / f"{prefix}train.json").unlink()
     assert "there is neither" in refusal(capsys, *words)
+    (tmp_path / f"{prefix}labels.json").write_text('{"x": "y"}')
+    assert "must be numbered from 0 without gaps" in refusal(capsys, *words)
 
 
 def test_ucf(root, tmp_path, capsys):
@@ -271,6 +319,8 @@ def test_ucf(root, tmp_path, capsys):
     assert "trainlist01.txt: no such file" in refusal(capsys, *words)
     (tmp_path / "testlist02.txt").write_text("Other/v.avi\n")
     assert "testlist02.txt:1: not as released" in refusal(capsys, *words, "--split", 2)
+    (tmp_path / "classInd.txt").write_text("one Apply\n")
+    assert "classInd.txt:1: not as released" in refusal(capsys, *words)
 
 
 def test_annotations_of_folders_of_images(root, tmp_path):

@@ -12,9 +12,11 @@ pytest.importorskip("av")
 pytest.importorskip("decord")
 Image = pytest.importorskip("PIL.Image")
 
+import barcode  # noqa: E402
 from prepare_suite import greys, lines, prepare, write_video  # noqa: E402
 
 from train.prepare import check  # noqa: E402
+from train.prepare.workers import Died  # noqa: E402
 
 
 @pytest.fixture
@@ -97,7 +99,8 @@ def test_a_second_check_opens_only_what_is_new_or_changed(root, opened):
     assert len(opened) == 3
     opened.clear()
     assert faults(root, "--list", "train.txt") == first
-    assert opened == []
+    assert opened == ["bad.mp4"]
+    opened.clear()
     # One is mended, one only touched, and a check was killed amid a line.
     write_video(root / "bad.mp4")
     os.utime(root / "a/1.mp4", ns=(1, 1))
@@ -111,22 +114,72 @@ def test_a_second_check_opens_only_what_is_new_or_changed(root, opened):
     # What another reader made of them, and decoding, is not known.
     assert faults(root, "--list", "train.txt", "--reader", "pyav") == {}
     assert faults(root, "--list", "train.txt", "--decode") == {}
-    assert len(opened) == 6
+    # decord's frames are compared with PyAV's.
+    assert len(opened) == 9
     assert faults(root, "--list", "train.txt") == {}
-    assert len(opened) == 6
+    assert len(opened) == 9
+
+
+@pytest.mark.parametrize("fault", [("unreadable", "input/output error"), Died(-9)])
+def test_what_failed_is_opened_again(root, monkeypatch, fault):
+    """The disk may have been at fault, or who killed the process."""
+    with monkeypatch.context() as context:
+        context.setattr(check, "each", lambda _, jobs, __: ((job, fault) for job in jobs))
+        assert len(faults(root, "--list", "train.txt")["unreadable"]) == 2
+    assert faults(root, "--list", "train.txt") == {}
+
+
+def test_what_the_system_refuses_is_a_fault_of_the_video(root, monkeypatch):
+    (root / "v").mkdir()
+    Image.fromarray(greys(1)[0]).save(root / "v/img_00001.jpg")
+    (root / "frames.txt").write_text("v 1 0\n")
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(check.os, "listdir", refused)
+    found = faults(root, "--list", "frames.txt", "--layout", "frames")
+    assert found["unreadable"] == ["v (frames.txt): permission denied"]
+
+
+def test_the_record_is_of_the_root(root, opened):
+    """Wherever the list is; lists of two roots would call other files by the same path."""
+    other = root / "other"
+    write_video(other / "a/1.mp4")
+    (other / "train.txt").write_text("a/1.mp4 0\n")
+    (root / "both.txt").write_text("other/a/1.mp4 0\na/1.mp4 0\n")
+    assert faults(root, "--list", "both.txt", "--classes", "none") == {}
+    assert faults(other, "--list", root / "train.txt", "--classes", "none") != {}
+    assert (other / "check.jsonl").exists()
+    assert len(lines(root / "check.jsonl")) == 2
+    opened.clear()
+    assert faults(root, "--list", "other/../both.txt", "--classes", "none") == {}
+    assert opened == []
+
+
+@pytest.mark.parametrize("kind", ["open.mp4", "o20.mkv", "h264.avi", "mpeg4.avi", "refresh.mp4"])
+def test_files_that_decord_misreads_are_found(root, kind):
+    options = barcode.KINDS.get(kind, {"g": "20", "bf": "1", "x264-params": "open-gop=1"})
+    barcode.write_video(root / "a/1.mp4", 60, **barcode.KINDS["h264.mp4"])
+    barcode.write_video(root / kind, 60, **options)
+    (root / "train.txt").write_text(f"a/1.mp4 0\n{kind} 1\n")
+    words = ("--list", "train.txt", "--decode")
+    reason = "decord gives other frames here: --data.reader=pyav reads them"
+    assert faults(root, *words) == {"misread": [f"{kind} (train.txt): {reason}"]}
+    assert faults(root, *words, "--reader", "pyav") == {}
 
 
 def test_a_stopped_check_keeps_what_it_has(root, opened, monkeypatch):
-    real = check.why_unreadable
+    real = check.find_fault
 
     def stopped(job):
         if job.listed.name == "b/3.mp4":
             raise KeyboardInterrupt
         return real(job)
 
-    monkeypatch.setattr(check, "why_unreadable", stopped)
+    monkeypatch.setattr(check, "find_fault", stopped)
     assert prepare("check", root, "--list", "train.txt") == 130
-    monkeypatch.setattr(check, "why_unreadable", real)
+    monkeypatch.setattr(check, "find_fault", real)
     assert faults(root, "--list", "train.txt") == {}
     assert opened == ["a/1.mp4", "b/3.mp4"]
 
@@ -172,6 +225,15 @@ def test_folders_of_images(root):
     assert faults(root, *words) == missing
     found = faults(root, *words, "--decode")["unreadable"]
     assert ["v2" in line or "v3" in line for line in found] == [True, True]
+    # An image that is overwritten, which is no change of its folder.
+    (root / "v2/img_00002.jpg").write_bytes((root / "v2/img_00001.jpg").read_bytes())
+    (root / "v3/img_00003.jpg").write_bytes((root / "v3/img_00001.jpg").read_bytes())
+    (root / "train.txt").write_text("v 1 4 0\nv2 3 1\nv3 3 1\n")
+    assert faults(root, *words, "--decode") == {}
+    before = os.stat(root / "v3")
+    (root / "v3/img_00002.jpg").write_bytes(b"no image")
+    assert os.stat(root / "v3").st_mtime_ns == before.st_mtime_ns
+    assert "v3" in faults(root, *words, "--decode")["unreadable"][0]
 
 
 def test_shards(root, opened):
@@ -188,7 +250,7 @@ def test_shards(root, opened):
     assert faults(root, *words) == bad
     opened.clear()
     assert faults(root, *words) == bad
-    assert opened == []
+    assert opened == ["b/bad.mp4"]
     text = (root / "index.txt").read_text().replace("\ts.tar", "\tgone.tar", 1)
     (root / "index.txt").write_text(text)
     found = faults(root, *words)

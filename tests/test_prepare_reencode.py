@@ -1,7 +1,10 @@
 """train.prepare reencode: every frame once, upright and small; stopped and broken runs."""
 
 import errno
+import multiprocessing
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,8 +18,10 @@ import pytest
 from filelock import FileLock
 
 av = pytest.importorskip("av")
+Disposition = pytest.importorskip("av.stream").Disposition
 Image = pytest.importorskip("PIL.Image")
 
+import barcode  # noqa: E402
 from prepare_suite import (  # noqa: E402
     decoded,
     greys,
@@ -30,6 +35,7 @@ from prepare_suite import (  # noqa: E402
 
 from train.prepare import reencode, upright  # noqa: E402
 from train.prepare.workers import Died, each  # noqa: E402
+from train.video import open_video, why_not  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,6 +103,24 @@ def test_colours_stay_whatever_their_coding(folders, codec, pixels, suffix, shor
         for x in (0, 1):
             wanted = before[5, (12, 36)[y], (16, 48)[x]].astype(int)
             assert np.abs(after[5, at[y], at[x] * 4 // 3] - wanted).max() < 8
+
+
+@pytest.mark.parametrize("is_full", [False, True], ids=["narrow", "full range"])
+@pytest.mark.parametrize("matrix", [1, 6], ids=["BT.709", "BT.601"])
+def test_colours_are_coded_as_the_file_says(folders, matrix, is_full):
+    source, target = folders
+    write_video(source / "a.mp4", matrix=matrix, is_full=is_full)
+    assert prepare("reencode", source, target) == 0
+    with av.open(str(target / "a.mp4")) as container:
+        frame = next(container.decode(video=0))
+    assert (frame.colorspace, frame.color_range) == (6, 1)
+    # Near the corners, of each file by each reader.
+    rows, columns = np.ix_([4, 43], [4, 59])
+    for reader in ("pyav", "decord"):
+        for folder in folders if why_not(reader) is None else ():
+            picture = open_video(folder / "a.mp4", reader).read([5])[0].permute(1, 2, 0).numpy()
+            difference = picture[rows, columns].astype(int) - quarters()[rows, columns]
+            assert np.abs(difference).max() <= 4, (reader, folder)
 
 
 @pytest.mark.parametrize("short_side", [48, 24])
@@ -214,6 +238,20 @@ def test_a_second_run_does_only_the_rest(folders, monkeypatch, capfd):
     assert left == ["a", "b", "reencode.json", "three.mp4"]
 
 
+@pytest.mark.parametrize("options", [[], ["--frames"]])
+def test_what_is_older_than_its_source_is_made_anew(folders, options, capfd):
+    source, target = folders
+    for name in ("a.mp4", "b.mp4"):
+        write_video(source / name)
+    assert prepare("reencode", source, target, *options) == 0
+    write_video(source / "a.mp4", greys(3))
+    result = target / ("a" if options else "a.mp4")
+    os.utime(result, ns=(0, os.stat(source / "a.mp4").st_mtime_ns - 1))
+    assert prepare("reencode", source, target, *options) == 0
+    assert len(list(result.iterdir()) if options else decoded(result)[0]) == 3
+    assert "1 videos written, 1 were there" in capfd.readouterr().out
+
+
 def test_broken_videos_are_named_and_survived(folders, capfd):
     source, target = folders
     write_video(source / "good.mp4")
@@ -234,7 +272,7 @@ def test_broken_videos_are_named_and_survived(folders, capfd):
     assert [name for name, _ in named] == [
         *("cut.mp4", "empty.webm", "heard.mp4", "nowhere.mp4", "text.mp4")
     ]
-    reasons = ("truncated", "empty", "no video stream", "leads nowhere", "cannot be decoded")
+    reasons = ("truncated", "empty", "no video stream", "leads nowhere", "not a video")
     assert all(word in reason for word, (_, reason) in zip(reasons, named, strict=True))
     assert [path.name for path in target.glob("*.mp4")] == ["good.mp4"]
     # Mended and removed, they are no longer named.
@@ -244,6 +282,69 @@ def test_broken_videos_are_named_and_survived(folders, capfd):
     assert prepare("reencode", source, target) == 0
     assert not (target / "broken.txt").exists()
     assert (target / "cut.mp4").exists()
+
+
+@pytest.mark.parametrize("start", [0.3, 0.7])
+@pytest.mark.parametrize("name", ["a.mkv", "a.avi", "b.avi"])
+def test_a_video_that_is_damaged_within_is_broken(folders, name, start):
+    """FFmpeg goes on behind the damage, and gives the frames that are left."""
+    source, target = folders
+    codec = "mpeg4" if name == "a.avi" else "libx264"
+    noise = np.random.default_rng(0).integers(256, size=(60, 32, 48, 3), dtype=np.uint8)
+    whole = write_video(source / name, list(noise), codec=codec, g="15").read_bytes()
+    damaged, place = bytearray(whole), int(start * len(whole))
+    damaged[place : place + len(whole) // 10] = bytes(len(whole) // 10)
+    (source / name).write_bytes(damaged)
+    assert prepare("reencode", source, target) == 1
+    assert re.search("damaged|cannot be decoded", lines(target / "broken.txt")[0])
+    assert not list(target.glob("*.mp4"))
+    (source / name).write_bytes(whole)
+    assert prepare("reencode", source, target) == 0
+    assert len(decoded(next(target.glob("*.mp4")))[0]) == 60
+
+
+@pytest.mark.parametrize(("kind", "start"), [("vp9.webm", 0.5), ("vp9.webm", 0.7)])
+def test_a_video_that_ends_before_it_says_is_broken(folders, kind, start):
+    """All frames up to the damage are whole, and none comes after it."""
+    source, target = folders
+    path = barcode.write_video(source / kind, 60, **barcode.KINDS[kind])
+    data = bytearray(path.read_bytes())
+    place, length = int(start * len(data)), len(data) // 10
+    data[place : place + length] = bytes(length)
+    path.write_bytes(data)
+    assert prepare("reencode", source, target) == 1
+    assert "it is damaged, its frames end at" in lines(target / "broken.txt")[0]
+
+
+def test_what_has_no_decoder_or_a_cover_alone_is_no_video(folders):
+    source, target = folders
+    data = write_video(source / "codec.mkv").read_bytes()
+    assert data.count(b"V_MPEG4/ISO/AVC") == 1
+    (source / "codec.mkv").write_bytes(data.replace(b"V_MPEG4/ISO/AVC", b"V_MPEG9/ISO/AVC"))
+    with av.open(str(source / "cover.mp4"), "w") as container:
+        heard, cover = container.add_stream("aac", rate=44100), container.add_stream("mjpeg")
+        cover.width, cover.height, cover.pix_fmt = 64, 48, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 22050), np.float32), "fltp", "mono")
+        frame.sample_rate = 44100
+        picture = av.VideoFrame.from_ndarray(quarters(), format="rgb24").reformat(format="yuvj420p")
+        for stream, each_frame in ((cover, picture), (heard, frame)):
+            container.mux([*stream.encode(each_frame), *stream.encode()])
+    write_video(source / "good.mp4")
+    assert prepare("reencode", source, target) == 0
+    assert lines(target / "broken.txt") == [
+        "codec.mkv\tthere is no decoder for its video stream",
+        "cover.mp4\tthere is no video stream in the file",
+    ]
+
+
+def test_paths_that_look_like_protocols_and_files_that_are_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "from:here/http:a.mp4")
+    os.mkfifo("from:here/pipe.mp4")
+    assert prepare("reencode", "from:here", "to:there") == 0
+    assert Path("to:there/http:a.mp4").exists()
+    assert lines(Path("to:there/broken.txt")) == ["pipe.mp4\tit is no regular file"]
 
 
 def test_where_all_are_broken_the_status_says_so(folders):
@@ -259,6 +360,7 @@ def test_where_all_are_broken_the_status_says_so(folders):
         (["c/a.mp4", "c/a.MP4"], []),
         (["c/a.avi", "c/a.mkv"], ["--frames"]),
         (["c/a.avi", "c/a/b.avi"], ["--frames"]),
+        (["c/a.avi", "c/a.mp4/b.avi"], []),
     ],
 )
 def test_two_videos_of_one_result_are_refused_before_any_work(folders, capfd, names, options):
@@ -275,11 +377,20 @@ def test_what_would_mix_or_disturb_is_refused(folders, capfd):
     assert "no such folder" in error_of(capfd, "reencode", source / "no", target)
     assert "lies in" in error_of(capfd, "reencode", source, source / "small")
     assert "even" in error_of(capfd, "reencode", source, target, "--short-side", 255)
+    assert "from 0.001" in error_of(capfd, "reencode", source, target, "--fps", 0.0004)
+    write_video(target / "own.mp4")
+    assert "of another origin" in error_of(capfd, "reencode", source, target)
+    (target / "own.mp4").unlink()
+    (target / "a").mkdir()
+    assert "of another origin" in error_of(capfd, "reencode", source, target, "--frames")
+    (target / "a").rmdir()
     assert prepare("reencode", source, target) == 0
     capfd.readouterr()
     assert "other settings" in error_of(capfd, "reencode", source, target, "--short-side", 128)
     with FileLock(target / ".reencode.lock"):
         assert "another process" in error_of(capfd, "reencode", source, target)
+    (target / "reencode.json").write_text("")
+    assert "other settings, which none knows" in error_of(capfd, "reencode", source, target)
 
 
 def test_an_interrupted_run_leaves_no_half_file(folders, monkeypatch, capfd):
@@ -325,12 +436,64 @@ def test_a_full_disk_is_no_broken_video(folders, monkeypatch, capfd):
     assert not (target / "broken.txt").exists()
 
 
+@pytest.mark.parametrize("options", [[], ["--frames"]])
+def test_a_disk_that_takes_a_part_only_is_no_broken_video(folders, options, capfd):
+    """A limit on the size of files is met as a full disk is: by a write that is short."""
+    source, target = folders
+    noise = np.random.default_rng(0).integers(256, size=(8, 64, 96, 3), dtype=np.uint8)
+    write_video(source / "a.mp4", list(noise))
+    result = target / ("a" if options else "a.mp4")
+    assert prepare("reencode", source, target, *options) == 0
+    size = max(path.stat().st_size for path in (result.iterdir() if options else [result]))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for most in (size // 3, size - 9, size - 1):
+        shutil.rmtree(target)
+        # Python ignores the signal that comes with it.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+        try:
+            status = prepare("reencode", source, target, *options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert status == 1
+        assert f"cannot write {result}: " in capfd.readouterr().err
+        left = sorted(path.name for path in target.iterdir())
+        assert left == [".reencode.lock", "reencode.json"]
+
+
+def test_frames_wait_for_their_times_when_they_are_small(folders, monkeypatch):
+    source, target = folders
+    write_video(source / "a.mp4", [quarters(96, 128)] * 30)
+    seen, real = [], upright._with_times
+
+    def watched(frames, step):
+        frames = list(frames)
+        seen.extend((frame.width, frame.height) for (frame, _), _ in frames)
+        return real(frames, step)
+
+    monkeypatch.setattr(upright, "_with_times", watched)
+    assert prepare("reencode", source, target, "--short-side", 24) == 0
+    assert seen == [(32, 24)] * 30
+
+
 def test_workers_survive_the_death_of_one():
     results = dict(each(square_or_end, [1, 2, 3, 4], 2))
     assert results == {1: 1, 2: 4, 3: Died(9), 4: 16}
     assert "status 9" in results[3].reason
     with pytest.raises(RuntimeError, match="no room for 5"):
         list(each(square_or_end, [4, 5, 6], 2))
+
+
+def test_one_worker_is_another_process_and_one_that_is_gone_is_replaced():
+    def jobs():
+        yield 3
+        yield 2
+        # Of the only worker, which has no job while it is asked for the next.
+        (child,) = multiprocessing.active_children()
+        child.kill()
+        child.join()
+        yield 4
+
+    assert dict(each(square_or_end, jobs(), 1)) == {3: Died(9), 2: 4, 4: 16}
 
 
 def is_running(group: int) -> bool:

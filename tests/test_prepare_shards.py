@@ -5,6 +5,7 @@ import gzip
 import io
 import lzma
 import os
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def content_of(root: Path, listed) -> bytes:
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 def test_the_bytes_are_where_the_index_says(tmp_path, format, capfd):
-    long = "x" * 90 if format == tarfile.USTAR_FORMAT else "long name ü " * 20
+    long = "x" * 90 if format == tarfile.USTAR_FORMAT else "long name ü" * 20
     first = {
         "a b/1.mp4": b"one",
         f"./{long}/ü {long[:50]}.webm": os.urandom(513),
@@ -58,7 +59,7 @@ def test_the_bytes_are_where_the_index_says(tmp_path, format, capfd):
         archive.addfile(link)
     assert prepare("index", tmp_path, "--shards", "*/*.tar") == 0
     classes = lines(tmp_path / "classes.txt")
-    assert classes == sorted(["a b", "c", long.strip() if long[-1] != " " else long])
+    assert classes == sorted(["a b", "c", long])
     videos = list(read_videos(tmp_path, "index.txt", classes, "shards"))
     assert [v.shard for v in videos] == ["sub dir/s0.tar", "sub dir/s1.tar", "sub dir/s1.tar"]
     wanted = {name.removeprefix("./"): content for name, content in (first | second).items()}
@@ -124,6 +125,31 @@ def test_a_name_in_two_shards_is_named(tmp_path, capfd):
     assert [content_of(tmp_path, v) for v in videos] == [b"first", b"x"]
 
 
+def test_names_whose_first_folder_is_no_class_are_left_out(tmp_path, capfd):
+    write_tar(tmp_path / "s.tar", {"a/1.mp4": b"x", "/b/2.mp4": b"y", "c /3.mp4": b"z"})
+    assert prepare("index", tmp_path) == 0
+    assert lines(tmp_path / "classes.txt") == ["a"]
+    said = capfd.readouterr().out
+    assert "s.tar:/b/2.mp4: its name begins with a slash" in said
+    assert "s.tar:c /3.mp4: of its folder: its name begins or ends with a space" in said
+
+
+def test_a_file_with_holes_is_left_out(tmp_path, capfd):
+    """GNU tar --sparse writes it shorter than it is."""
+    with open(tmp_path / "holes.mp4", "wb") as file:
+        file.truncate(10**6)
+        file.seek(10**6)
+        file.write(b"end")
+    (tmp_path / "1.mp4").write_bytes(b"x" * 99)
+    folder = ("--transform", "s,^,a/,")
+    subprocess.run(
+        ["tar", "--sparse", *folder, "-cf", "s.tar", "holes.mp4", "1.mp4"], cwd=tmp_path, check=True
+    )
+    assert prepare("index", tmp_path) == 0
+    assert lines(tmp_path / "index.txt")[0].startswith("a/1.mp4\ts.tar\t")
+    assert "s.tar:a/holes.mp4: it is no plain file" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("compress", "name"),
     [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz"), (None, "zstd")],
@@ -141,7 +167,8 @@ def test_damaged_tar_files_are_refused(tmp_path, capfd):
     for content, reason in [
         (whole[: 512 + 1000], "cut short, a/1.mp4 ends at byte 2512 of 1512"),
         (whole[: 512 + 2048 + 512 + 100], "cut short, a/2.mp4"),
-        (whole[: 512 + 2048 + 200], "tar file"),
+        (whole[: 512 + 2048 + 200], "cut short, there is no block of zeros"),
+        (whole[: 512 + 2048], "cut short, there is no block of zeros at its end, byte 2560"),
         (b"no tar file" * 99, "not a whole tar file"),
         (b"", "not a whole tar file"),
         (whole + whole, "there are data after its end"),

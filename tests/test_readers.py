@@ -290,6 +290,38 @@ def test_a_reader_that_is_not_here_is_replaced_by_none(videos, monkeypatch):
         assert not isinstance(caught.value, VideoError)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, OSError])
+def test_a_reader_that_fails_as_it_is_loaded_is_not_here(videos, monkeypatch, error):
+    """torchcodec 0.7 without FFmpeg, and decord without its own library."""
+
+    class Finder:
+        def find_spec(self, name, *_):
+            if name == "decord":
+                raise error("Could not load it.\nTwenty more lines.")
+
+    for name in [*(n for n in sys.modules if n.split(".")[0] == "decord"), "train.readers.decord"]:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    wanted = (
+        "open_video: reader 'decord' cannot be used here, Could not load it.; pip install decord"
+    )
+    assert why_not("decord") == wanted
+    with pytest.raises(ReaderError):
+        open_video(videos("h264.mp4"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of bytes")
+def test_a_name_that_is_not_utf8(tmp_path, videos):
+    have("decord")
+    path = tmp_path / "\udcff.mp4"
+    path.write_bytes(videos("h264.mp4").read_bytes())
+    assert numbers_of(read(path, "pyav", [7])) == [7]
+    with pytest.raises(VideoError) as caught:
+        open_video(path, "decord")
+    wanted = "decord opens no name that is not UTF-8: rename it, or use reader 'pyav'"
+    assert caught.value.reason == wanted
+
+
 # What only PyAV's reader has to answer for.
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("av")
 pytest.importorskip("decord")
 pytest.importorskip("tyro")
 
-from train import evaluate, predict
+from train import data, evaluate, predict
 from train.__main__ import main as train_main
 from train.data import DataSettings
 from train.optim import OptimSettings
@@ -163,6 +163,7 @@ def prompt(monkeypatch):
     """A dead data worker is found after a fifth of a second, in place of five."""
     plain = dataloader._MultiProcessingDataLoaderIter._try_get_data
     monkeypatch.setattr(plain, "__defaults__", (0.2,))
+    monkeypatch.setattr(data, "_SECONDS_BETWEEN_LOOKS", 0.2)
 
 
 def metrics(output: Path) -> list[dict]:

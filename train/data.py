@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -12,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from train.augment import RandAugment, erasing_box
 from train.batches import stream
@@ -55,6 +56,8 @@ class DataSettings:
             crops of each, short side.
         val_clips, val_crops, val_short_side: the same in the tests during training.
         workers: processes that decode.
+        patience: seconds that they may take for a batch; a video that holds one up for longer is
+            broken. 0 is for ever, as without workers.
     """
 
     root: str = "data/kinetics400"
@@ -83,6 +86,7 @@ class DataSettings:
     val_crops: Literal[1, 3] = 1
     val_short_side: int = 256
     workers: int = 4
+    patience: int = 600
 
     def __post_init__(self) -> None:
         for name in ("clip_len", "interval", "crop", "test_clips", "val_clips"):
@@ -93,8 +97,9 @@ class DataSettings:
                 raise ValueError(
                     f"data.{name} must be at least data.crop {self.crop}, got {getattr(self, name)}"
                 )
-        if self.workers < 0:
-            raise ValueError(f"data.workers must be 0 or more, got {self.workers}")
+        for name in ("workers", "patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name} must be 0 or more, got {getattr(self, name)}")
         for kind in ("test", "val"):
             side = getattr(self, f"{kind}_short_side")
             if getattr(self, f"{kind}_crops") == 3 and side != self.crop:
@@ -303,6 +308,17 @@ class VideoDataset(Dataset):
         self.videos, self.settings, self.seed = videos, settings, seed
         self.views = views or settings.test_views
         self.frame_order = frame_order
+        # Of each worker the video it reads, -1 for none, and since when; all processes see it.
+        self._reading = torch.full((settings.workers, 2), -1.0, dtype=torch.float64).share_memory_()
+        self._stuck: set[int] = set()
+
+    def give_up(self, seconds: float) -> None:
+        """Counts as broken from now on what workers have been reading for longer than this."""
+        now = time.monotonic()
+        for index, since in self._reading.tolist():
+            if index >= 0 and now - since > seconds:
+                self._stuck.add(int(index))
+        self._reading.fill_(-1)
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -314,7 +330,11 @@ class VideoDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | Broken:
         epoch, index = key
-        listed = self.videos[index]
+        listed, worker = self.videos[index], get_worker_info()
+        if index in self._stuck:
+            return Broken(listed.name, "it took longer to read than data.patience")
+        if worker:
+            self._reading[worker.id] = torch.tensor([index, time.monotonic()])
         try:
             video = open_listed(listed, self.settings)
             if self.seed is not None:
@@ -328,6 +348,9 @@ class VideoDataset(Dataset):
             return Sample(clips, listed.label, listed.name)
         except VideoError as error:
             return Broken(listed.name, error.reason)
+        finally:
+            if worker:
+                self._reading[worker.id, 0] = -1
 
 
 def collate(samples: list[Sample | Broken]) -> Batch:
@@ -343,6 +366,10 @@ def collate(samples: list[Sample | Broken]) -> Batch:
     )
 
 
+# How often it is asked whether workers live, and whether one is stuck (`train.prefetch.steady`).
+_SECONDS_BETWEEN_LOOKS = 5.0
+
+
 def build_loader(
     dataset: VideoDataset, batches: Sampler | list[list[tuple[int, int]]], device: torch.device
 ) -> DataLoader:
@@ -354,6 +381,7 @@ def build_loader(
         collate_fn=collate,
         worker_init_fn=_leave_signals_to_the_parent,
         pin_memory=device.type == "cuda",
+        timeout=_SECONDS_BETWEEN_LOOKS if dataset.settings.workers else 0,
     )
 
 

@@ -1,8 +1,9 @@
-"""Clips that slide through a video, and what a backbone makes of them."""
+"""Clips that slide through a video, what a backbone makes of them, and its way into files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from model import VideoSwin
 from train.data import Broken
-from train.feature_files import FeatureSettings
+from train.feature_files import FeatureFile, FeatureSettings, target
 from train.given import Given
 from train.precision import casting
 from train.transforms import EvalTransform, normalize, resize_short_side
@@ -127,3 +128,56 @@ def parts(
                     yield Part(video, found, starts, opened, is_last)
         except VideoError as error:
             yield Broken(video.name, error.reason)
+
+
+def stored(
+    found: Iterable[Part | Broken], folder: Path, settings: FeatureSettings
+) -> Iterator[Part | Broken]:
+    """Each part once it is in a file, and which videos get none; raises OSError.
+
+    A video has its file, whole, once its last part was given. One with a feature that is not finite
+    is broken with that part, and the rest of it is passed over.
+    """
+    file, given_up = None, ""
+    try:
+        for part in found:
+            name = part.path if isinstance(part, Broken) else part.video.name
+            if name == given_up:
+                continue
+            if isinstance(part, Part):
+                rows = part.features.cpu()
+                if rows.isfinite().all():
+                    file = file or _begun(part, folder, settings)
+                    file.add(rows.numpy())
+                    if part.is_last:
+                        file.finish()
+                        file = None
+                    yield part
+                    continue
+                given_up, part = name, Broken(name, _not_finite(settings))
+            if file is not None:
+                file.discard()
+                file = None
+            yield part
+    finally:
+        if file is not None:
+            file.discard()
+
+
+def _begun(part: Part, folder: Path, settings: FeatureSettings) -> FeatureFile:
+    """The file of a video, for what is like its first part."""
+    return FeatureFile(
+        target(folder, part.video, settings),
+        part.video,
+        part.starts,
+        row=tuple(part.features.shape[1:]),
+        dtype=settings.dtype,
+        num_frames=part.opened.num_frames,
+        fps=part.opened.fps,
+    )
+
+
+def _not_finite(settings: FeatureSettings) -> str:
+    """Why features may be so."""
+    half = ", or too large for --half" if settings.dtype == "float16" else ""
+    return f"its features are NaN or infinite at --precision {settings.precision}{half}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import sys
 from pathlib import Path
 
@@ -16,21 +17,21 @@ from tqdm import tqdm
 
 from model import VideoSwin
 from model.weights.download import fetch, locate
-from model.weights.files import write_atomically
+from model.weights.files import shown
 from train.allocator import set_allocator
 from train.data import Broken, broken_summary
 from train.evaluate import REFUSALS, add_trained_options
-from train.extraction import Part, parts
+from train.extraction import parts, stored
 from train.feature_files import (
     FeatureError,
-    Features,
     FeatureSettings,
     claim,
+    fits,
     is_complete,
     target,
-    write,
 )
 from train.given import Given, check_names, given_videos
+from train.partial import write_text
 from train.precision import PRECISIONS
 from train.predict import one_behind
 from train.recipe import add_machine_options, count
@@ -45,7 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train.features",
         description="Store what the backbone makes of videos: files, all below folders, and those "
-        "of lists (.txt, a path a line). Run again, it goes on where it was stopped.",
+        "of lists (.txt, a path a line). Run again, it goes on where it was stopped. Of torchrun's "
+        "processes each has a shard and a device of its own.",
     )
     add = parser.add_argument
     add("videos", nargs="+", metavar="VIDEO_OR_FOLDER_OR_LIST")
@@ -82,7 +84,6 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--shard",
         type=_shard,
-        default=(1, 1),
         metavar="I/N",
         help="every N-th video, from the I-th",
     )
@@ -147,14 +148,32 @@ def digest(checkpoint: str, recipe: str | None) -> str:
     return found.hexdigest()
 
 
+def place(word: str) -> tuple[tuple[int, int], torch.device]:
+    """The shard and the device of this process among those that torchrun started.
+
+    Of more than one process each has the GPU of its local rank, as in `parallel.joined`; what they
+    do needs no process group.
+    """
+    world, device = int(os.environ.get("WORLD_SIZE", "1")), torch.device(word)
+    if world == 1:
+        return (1, 1), device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return (int(os.environ["RANK"]) + 1, world), device
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Extract as the command line says; the exit status: 0 all read, 1 one was not, or refused."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.checkpoint is None:
         parser.error("--checkpoint is needed")
+    shard, device = place(options.device)
+    if options.shard is not None and shard != (1, 1):
+        parser.error(f"--shard: torchrun has made this process {shard[0]}/{shard[1]}: leave it out")
+    options.shard = options.shard or shard
     set_allocator(options.allocator)
-    device = torch.device(options.device)
     try:
         videos = given_videos(options.videos)
         check_names(videos)
@@ -180,44 +199,42 @@ def _extract_all(
     device: torch.device,
 ) -> int:
     """Makes the files that are not there yet, and tells which cannot be made; the exit status."""
-    missing = [v for v in videos if not is_complete(target(options.output, v, settings), v)]
-    found, broken, clips = [], [], 0
-    with tqdm(
-        total=len(videos), initial=len(videos) - len(missing), unit="video", disable=None
-    ) as bar:
-        for part in one_behind(parts(model, missing, settings, options.batch_size, device)):
+    missing, broken, there, clips = [], [], 0, 0
+    for video in videos:
+        path = target(options.output, video, settings)
+        if is_complete(path, video):
+            there += 1
+        elif fits(path, options.output):
+            missing.append(video)
+        else:
+            broken.append(Broken(video.name, "its name is too long for a file in --output"))
+    before = there + len(broken)
+    with tqdm(total=len(videos), initial=before, unit="video", disable=None) as bar:
+        found = one_behind(parts(model, missing, settings, options.batch_size, device))
+        for part in stored(found, options.output, settings):
             if isinstance(part, Broken):
                 broken.append(part)
-                found = []
             else:
-                found.append(part.features.cpu())
-                clips += len(found[-1])
-            if isinstance(part, Part) and part.is_last:
-                all_of = Features(
-                    torch.cat(found), part.starts, part.opened.num_frames, part.opened.fps
-                )
-                write(target(options.output, part.video, settings), part.video, all_of)
-                found = []
+                clips += len(part.features)
             if isinstance(part, Broken) or part.is_last:
                 bar.update()
             bar.set_postfix(clips=clips, broken=len(broken))
     _name_broken(options.output, options.shard, broken)
-    made = len(missing) - len(broken)
-    print(f"{made} videos done, {len(videos) - len(missing)} were there: {options.output}")
+    made = len(videos) - there - len(broken)
+    print(f"{made} videos done, {there} were there: {shown(options.output)}")
     if broken:
-        print(broken_summary(broken))
+        print(broken_summary([Broken(*map(shown, each)) for each in broken]))
     return int(bool(broken))
 
 
 def _name_broken(folder: Path, shard: tuple[int, int], broken: list[Broken]) -> None:
-    """Writes which videos could not be read, and why, a line each; without any, no file."""
+    """Writes which videos have no features, and why, a line each; without any, no file."""
     name = "broken.txt" if shard == (1, 1) else f"broken.{shard[0]}-of-{shard[1]}.txt"
     path = folder / name
-    if not broken:
+    if broken:
+        write_text(path, "".join(f"{each.path}\t{each.reason}\n" for each in broken))
+    else:
         path.unlink(missing_ok=True)
-        return
-    text = "".join(f"{each.path}\t{each.reason}\n" for each in broken)
-    write_atomically(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from errno import EISDIR
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +24,7 @@ from train.evaluate import REFUSALS, add_trained_options, tested_recipe, view_lo
 from train.given import Given, check_names, given_videos
 from train.lists import read_class_names
 from train.metrics import video_scores
+from train.partial import check_writable
 from train.precision import PRECISIONS, casting
 from train.recipe import Recipe, add_machine_options, count
 from train.trained import Trained, load_trained, names_of
@@ -41,7 +45,8 @@ class Prediction:
         video: which.
         num_frames, fps: its length in frames, and frames/s, 0 where the file does not tell.
         frames: int64 [clips, T], numbers of the frames that were looked at.
-        scores: float32 [classes], probabilities averaged over views.
+        scores: float32 [classes], probabilities averaged over views; NaN where a logit of any view
+            is NaN or infinite.
         clip: uint8 [3, T, H, W], the middle clip in its centre crop, as the model saw it.
     """
 
@@ -84,7 +89,8 @@ def predictions(
         num_frames, fps, frames, clips = found
         with torch.inference_mode(), casting(device, precision):
             logits = view_logits(model, clips[None].to(device), recipe.loop.views_per_pass)
-            scores = video_scores(logits)[0]
+            # Minus infinity would be a plain zero of the softmax.
+            scores = video_scores(logits)[0].where(logits.isfinite().all(), torch.nan)
         # The views of a crop follow each other, and the centre comes last.
         middle = len(clips) - len(frames) + len(frames) // 2
         return Prediction(video, num_frames, fps, frames, scores, clips[middle].clone())
@@ -117,16 +123,23 @@ def table(prediction: Prediction, top: int, classes: Sequence[str]) -> str:
     return "\n".join([shown(prediction.video.path), *lines])
 
 
-def as_json(result: Prediction | VideoError, top: int, classes: Sequence[str]) -> dict[str, Any]:
-    """What is known of a video, in what JSON has."""
+def error_of(result: Prediction | VideoError, precision: str) -> str | None:
+    """Why there is no answer for a video, None where there is one."""
     if isinstance(result, VideoError):
-        return {"video": result.path, "error": result.reason}
+        return result.reason
+    if result.scores.isfinite().all():
+        return None
+    return f"its scores are NaN or infinite at --precision {precision}"
+
+
+def as_json(prediction: Prediction, top: int, classes: Sequence[str]) -> dict[str, Any]:
+    """What is known of a video, in what JSON has."""
     return {
-        "video": result.video.path,
-        "num_frames": result.num_frames,
-        "fps": result.fps,
-        "frames": result.frames.tolist(),
-        "top": result.top(top, classes),
+        "video": prediction.video.path,
+        "num_frames": prediction.num_frames,
+        "fps": prediction.fps,
+        "frames": prediction.frames.tolist(),
+        "top": prediction.top(top, classes),
     }
 
 
@@ -146,8 +159,12 @@ def draw(prediction: Prediction, classes: Sequence[str], folder: Path) -> None:
         note=f"{prediction.num_frames} frames{seconds}; {clip}",
         bars=[(each["name"], each["probability"]) for each in top],
     )
-    path = folder / f"{prediction.video.name}.png"
+    path = _sheet(folder, prediction.video)
     write_atomically(path, lambda file: sheet.save(file, format="png"))
+
+
+def _sheet(folder: Path, video: Given) -> Path:
+    return folder / f"{video.name}.png"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -174,6 +191,13 @@ def main(arguments: list[str] | None = None) -> int:
     options, overrides = parser.parse_known_args(arguments)
     if options.checkpoint is None:
         parser.error("--checkpoint is needed")
+    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+        print(
+            f"predict: must be started as one process, got {world} of torchrun: "
+            "start it once for each part of the videos",
+            file=sys.stderr,
+        )
+        return 1
     set_allocator(options.allocator)
     device = torch.device(options.device)
     try:
@@ -188,7 +212,8 @@ def main(arguments: list[str] | None = None) -> int:
     except REFUSALS as error:
         print(error, file=sys.stderr)
     except OSError as error:
-        print(f"{error.filename}: {(error.strerror or str(error)).lower()}", file=sys.stderr)
+        where = error.filename or options.json or options.checkpoint
+        print(f"{where}: {(error.strerror or str(error)).lower()}", file=sys.stderr)
     return 1
 
 
@@ -209,28 +234,65 @@ def _predict(
     options: argparse.Namespace,
     device: torch.device,
 ) -> int:
-    """Tells of each video as soon as it is known, and writes what was asked for."""
-    classes, told, broken = trained.classes, [], 0
-    for result in predictions(trained.model, videos, recipe, device, options.precision):
-        if isinstance(result, VideoError):
-            print(result, file=sys.stderr)
-            broken += 1
-        else:
+    """Tells of each video as soon as it is known, and writes what was asked for.
+
+    What is known is written to the JSON file, too, where anything ends the run before its end.
+    """
+    if options.sheet:
+        check_writable(options.sheet)
+    if options.json:
+        check_writable(options.json.parent)
+        if options.json.is_dir():
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR), str(options.json))
+    classes, told, failed = trained.classes, [], Counter()
+    found = predictions(trained.model, videos, recipe, device, options.precision)
+    try:
+        for video, result in zip(videos, found, strict=True):
+            if reason := error_of(result, options.precision):
+                unread = isinstance(result, VideoError)
+                print(result if unread else f"{shown(video.path)}: {reason}", file=sys.stderr)
+                failed["could not be read" if unread else "have no finite scores"] += 1
+                told.append({"video": video.path, "error": reason})
+                continue
+            told.append(as_json(result, options.top, classes))
             print(table(result, options.top, classes), flush=True)
             if options.sheet:
-                draw(result, classes, options.sheet)
+                try:
+                    draw(result, classes, options.sheet)
+                except OSError as error:
+                    path = _sheet(options.sheet, video)
+                    print(f"{path}: {(error.strerror or str(error)).lower()}", file=sys.stderr)
+                    failed["have no sheet"] += 1
+    finally:
         if options.json:
-            told.append(as_json(result, options.top, classes))
-    if broken and len(videos) > 1:
-        print(f"{broken} of {len(videos)} videos could not be read")
-    if options.json:
-        notes = {"checkpoint": str(options.checkpoint), "precision": options.precision}
-        views = {"clips": recipe.data.test_clips, "crops": recipe.data.test_crops}
-        # A line a video: the numbers of its frames are many.
-        lines = ",\n".join(map(json.dumps, told))
-        text = f'{json.dumps({**notes, "views": views})[:-1]}, "videos": [\n{lines}\n]}}\n'
-        write_atomically(options.json, lambda file: file.write(text.encode()))
-    return int(broken > 0)
+            _write_json(told, len(videos), recipe, options)
+    if len(videos) > 1:
+        for words, count_of in failed.items():
+            print(f"{count_of} of {len(videos)} videos {words}")
+    return int(bool(failed))
+
+
+def _write_json(
+    told: list[dict[str, Any]], num_videos: int, recipe: Recipe, options: argparse.Namespace
+) -> None:
+    """Writes what was asked for, and what is known of each video, a line each; raises OSError."""
+    data = recipe.data
+    asked = {
+        "checkpoint": str(options.checkpoint),
+        "recipe": options.recipe,
+        "reader": data.reader,
+        "precision": options.precision,
+        # As many of any video.
+        "views": {
+            "clips": len(sample_test_clips(1, data, data.test_clips)),
+            "crops": data.test_crops,
+        },
+        "complete": len(told) == num_videos,
+    }
+    # The numbers of a video's frames are many.
+    lines = ",\n".join(map(json.dumps, told))
+    text = f'{json.dumps(asked)[:-1]}, "videos": [\n{lines}\n]}}\n'
+    write_atomically(options.json, lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":

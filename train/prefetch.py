@@ -8,14 +8,16 @@ import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
-from train.data import Batch
+from train.data import Batch, VideoDataset
 
 Item = TypeVar("Item")
 # Workers that die so often without a step between are no accident.
@@ -110,8 +112,9 @@ def steady(build: Callable[[], DataLoader], device: torch.device) -> Iterator[Ba
     deaths = 0
     while True:
         loader = build()
+        batches, workers = _begun(loader)
         try:
-            for batch in on_device(_begun(loader), device):
+            for batch in on_device(_patient(batches, loader.dataset), device):
                 yield batch
                 deaths = 0
             return
@@ -123,6 +126,8 @@ def steady(build: Callable[[], DataLoader], device: torch.device) -> Iterator[Ba
             is_of_data = not loader.num_workers or said.startswith("Caught ")
             if is_of_data or (isinstance(error, RuntimeError) and not is_death):
                 raise
+            for worker in workers:
+                worker.kill()
             deaths += 1
             if deaths == MOST_DEATHS:
                 raise WorkerError(
@@ -132,20 +137,46 @@ def steady(build: Callable[[], DataLoader], device: torch.device) -> Iterator[Ba
             print(f"{said}; reading begins again where it was", file=sys.stderr)
 
 
-def _begun(loader: DataLoader) -> Iterator[Batch]:
+def _begun(loader: DataLoader) -> tuple[Iterator[Batch], list[BaseProcess]]:
     """The loader's iterator, under which a dead worker is found when its batch is asked for.
 
+    And its workers.
     torch's handler of dead children raises wherever the program is, which may be half a step.
     """
-    before = signal.getsignal(signal.SIGCHLD)
+    before, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
     batches = iter(loader)
+    workers = [each for each in multiprocessing.active_children() if each not in others]
     if threading.current_thread() is threading.main_thread():
         is_torch = getattr(before, "__module__", None) == signal_handling.__name__
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if is_torch or not before else before)
     # Before torch's own, which are called in the opposite order.
     atexit.unregister(_end_workers)
     atexit.register(_end_workers)
-    return batches
+    return batches, workers
+
+
+def _patient(batches: Iterator[Batch], dataset: VideoDataset) -> Iterator[Batch]:
+    """The batches; RuntimeError, as of a dead worker, where one takes longer than is waited for.
+
+    What has held it up is given up by the data set.
+    """
+    patience, began = dataset.settings.patience, time.monotonic()
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            # torch has looked after its workers, and found them alive.
+            if not str(error).startswith("DataLoader timed out"):
+                raise
+            if patience and time.monotonic() - began > patience:
+                # What was begun after the wait has been read for less.
+                dataset.give_up(patience / 2)
+                raise RuntimeError(f"DataLoader worker is silent for {patience} seconds") from None
+            continue
+        yield batch
+        began = time.monotonic()
 
 
 def _end_workers() -> None:

@@ -164,6 +164,7 @@ def recipe_of(checkpoint: dict[str, Any], path: str | Path) -> Recipe:
 FREE_FIELDS = {
     "data.root",
     "data.workers",
+    "data.patience",
     "loop.clips_per_pass",
     "loop.test_batch_size",
     "loop.views_per_pass",

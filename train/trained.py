@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from model import VideoSwin, create, load_weights
+from model.weights.catalogue import CATALOGUE
 from model.weights.download import locate, read
-from model.weights.files import WeightsError
+from model.weights.files import WeightsError, read_file
 from model.weights.formats import recognise
 from train.checkpoint import KEYS, CheckpointError, load_checkpoint, restore_weights
 from train.lists import read_class_names
@@ -95,7 +97,7 @@ def load_trained(
         WeightsError: weights cannot be had, read or used.
     """
     if recipe is None:
-        state = load_checkpoint(source)
+        state = _checkpoint(source)
         own, classes = recipe_of(state, source), state["classes"]
         try:
             model = build_model(own.model, len(classes), kernels)
@@ -106,9 +108,9 @@ def load_trained(
     own = RECIPES[recipe]
     try:
         located = locate(own.model.name, source)
+        content = read(located)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    content = read(located)
     if set(content) >= KEYS:
         raise CheckpointError(f"{source} has a recipe of its own: leave out --recipe {recipe}")
     head = recognise(content, f"load_weights: {located}").state.get(_HEAD)
@@ -118,6 +120,31 @@ def load_trained(
     load_weights(model, content)
     numbers = [f"class {label}" for label in range(len(head))]
     return Trained(model.to(device).eval(), own, numbers, has_names=False)
+
+
+def _checkpoint(source: str | Path) -> dict[str, Any]:
+    """The state in a checkpoint of a run; CheckpointError, which says so of weights."""
+    try:
+        return load_checkpoint(source)
+    except CheckpointError as error:
+        if not _is_weights(source):
+            raise
+        raise CheckpointError(
+            f"cannot load {source}: expected a file written by `python -m train`; "
+            "weights need --recipe NAME"
+        ) from error
+
+
+def _is_weights(source: str | Path) -> bool:
+    """Whether this is a URL, a name of the catalogue, or a file of weights without a recipe."""
+    if not Path(source).exists():
+        return "://" in str(source) or any(str(source) in names for names in CATALOGUE.values())
+    try:
+        content = read_file(source)
+        recognise(content, "")
+    except WeightsError:
+        return False
+    return "recipe" not in content
 
 
 def names_of(path: Path) -> list[str] | None:

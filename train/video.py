@@ -139,7 +139,7 @@ def open_video(
         _check_length(path, len(data), io.BytesIO(data))
     else:
         path, data = os.fspath(source), None
-        _check_file(path)
+        check_file(path)
     return opened(path, data, num_threads)
 
 
@@ -158,13 +158,15 @@ def _load(reader: str) -> type[Video]:
         raise ValueError(f"open_video: reader must be one of {', '.join(READERS)}, got {reader!r}")
     try:
         return importlib.import_module(f"train.readers.{reader}").Reader
-    except ImportError as error:
+    # What a library raises that is there and finds none of its own, or another version.
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ReaderError(
-            f"open_video: reader {reader!r} cannot be used here, {error}; {_CURES[reader]}"
+            f"open_video: reader {reader!r} cannot be used here, {reason}; {_CURES[reader]}"
         ) from None
 
 
-def _check_file(path: str) -> None:
+def check_file(path: str) -> None:
     """Raise VideoError for what can be told of a file without decoding."""
     _file_size(path)
     try:
@@ -195,6 +197,8 @@ def _file_size(path: str, name: str | None = None) -> int:
         status = os.stat(path)
     except FileNotFoundError:
         raise VideoError(name, "no such file") from None
+    except ValueError:
+        raise VideoError(name, "no file can have this name") from None
     except OSError as error:
         raise VideoError(name, _words(error)) from None
     if stat.S_ISDIR(status.st_mode):

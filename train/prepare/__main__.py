@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"{error.filename or options.command}: {error.strerror or error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        goes_on = "; the same command goes on from here" if "workers" in options else ""
+        print(f"\nstopped{goes_on}", file=sys.stderr)
         return 130
     return 1
 
@@ -72,15 +73,18 @@ def _parser() -> argparse.ArgumentParser:
         "reencode",
         help="make videos small and quick to read",
         description="Write each video below SOURCE to the same place below TARGET: H.264, upright, "
-        "without sound, a keyframe every 32 frames. What is there already is left alone, so a "
-        "stopped run goes on. Broken videos are named in TARGET/broken.txt.",
+        "without sound, a keyframe every 32 frames. What is there already, no older than its "
+        "source, is left alone, so a stopped run goes on. Broken videos are named in "
+        "TARGET/broken.txt.",
     )
     videos.add_argument("source", type=Path, metavar="SOURCE")
     videos.add_argument("target", type=Path, metavar="TARGET")
     videos.add_argument("--short-side", type=int, default=256, help="at most, in pixels (256)")
     videos.add_argument("--fps", type=float, help="frames/s (all frames, at their times)")
     videos.add_argument("--frames", action="store_true", help="folders of JPEG images, not mp4")
-    videos.add_argument("--workers", type=_count, default=cores, help=f"processes ({cores})")
+    videos.add_argument(
+        "--workers", type=_count, default=cores, help=f"processes ({cores}); 0 for none but this"
+    )
     videos.set_defaults(run=_reencode)
 
     index = commands.add_parser(
@@ -98,8 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check",
         help="find what is wrong with a data set",
-        description="Open every video of the lists. Answers are kept in check.jsonl, and only new "
-        "or changed videos are opened next time; remove that file to open all again.",
+        description="Open every video of the lists. Those that can be read are kept in "
+        "ROOT/check.jsonl, and only others, new or changed are opened next time; remove that file "
+        "to open all again.",
     )
     check.add_argument("root", metavar="ROOT", help="folder that paths are relative to")
     check.add_argument(
@@ -108,17 +113,23 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--layout", choices=("files", "frames", "shards"), default="files")
     check.add_argument("--classes", default="classes.txt", metavar="FILE", help="in ROOT")
     check.add_argument("--reader", choices=("decord", "pyav", "torchcodec"), default="decord")
-    check.add_argument("--decode", action="store_true", help="read three frames of each, too")
+    check.add_argument(
+        "--decode",
+        action="store_true",
+        help="read three frames of each, too; with decord, ask PyAV if they are right",
+    )
     check.add_argument("--json", type=Path, metavar="FILE", help="where all that is wrong goes")
-    check.add_argument("--workers", type=_count, default=cores, help=f"processes ({cores})")
+    check.add_argument(
+        "--workers", type=_count, default=cores, help=f"processes ({cores}); 0 for none but this"
+    )
     check.set_defaults(run=_check)
     return parser
 
 
 def _list(options: argparse.Namespace) -> int:
+    from train.lists import ListError
     from train.prepare import layouts
-    from train.prepare.found import find
-    from train.prepare.reencode import FRAME_NAME
+    from train.prepare.found import FRAME_NAME, survey, write_text
 
     if not 0 < options.test_share < 1:
         raise ValueError(f"--test-share must be above 0 and below 1, got {options.test_share}")
@@ -129,7 +140,7 @@ def _list(options: argparse.Namespace) -> int:
     if options.layout in ("sthv2", "ucf") and len(annotations) > 1:
         raise ValueError(f"list {options.layout} needs one folder of --annotations")
     has_images = options.frames or options.layout == "frames"
-    found = find(options.root, FRAME_NAME if has_images else None)
+    found = survey(options.root, FRAME_NAME if has_images else None)
     if has_folders:
         lists = layouts.of_folders(options.root, found, options.test_share, options.seed)
     elif options.layout == "kinetics":
@@ -139,14 +150,18 @@ def _list(options: argparse.Namespace) -> int:
     else:
         lists = layouts.of_ucf(found, annotations[0], options.split)
 
+    for split in ("train", "test"):
+        if not getattr(lists, split):
+            missing = f", {len(lists.missing)} are missing" if lists.missing else ""
+            raise ListError(f"{options.root}: there is no video for {split}.txt{missing}")
     output = options.output or options.root
     for split in ("train", "test"):
         videos = getattr(lists, split)
         words = [(v.name, v.frames, v.label) if has_images else (v.name, v.label) for v in videos]
-        _write(output / f"{split}.txt", "".join(" ".join(map(str, w)) + "\n" for w in words))
-    _write(output / "classes.txt", "".join(f"{name}\n" for name in lists.classes))
+        write_text(output / f"{split}.txt", "".join(" ".join(map(str, w)) + "\n" for w in words))
+    write_text(output / "classes.txt", "".join(f"{name}\n" for name in lists.classes))
     if lists.missing:
-        _write(output / "missing.txt", "".join(f"{name}\n" for name in lists.missing))
+        write_text(output / "missing.txt", "".join(f"{name}\n" for name in lists.missing))
     else:
         (output / "missing.txt").unlink(missing_ok=True)
     print(
@@ -176,6 +191,7 @@ def _reencode(options: argparse.Namespace) -> int:
 
 def _index(options: argparse.Namespace) -> int:
     from train.lists import read_class_names, read_list
+    from train.prepare.found import write_text
     from train.prepare.shards import build_index, write_lines
 
     names = options.root / "classes.txt"
@@ -184,9 +200,9 @@ def _index(options: argparse.Namespace) -> int:
     labels = None if options.labels is None else read_list(options.labels)
     index = build_index(options.root, options.shards, labels, classes)
     if index.classes is not None and classes is None:
-        _write(names, "".join(f"{name}\n" for name in index.classes))
+        write_text(names, "".join(f"{name}\n" for name in index.classes))
     output = options.root / options.output
-    _write(output, write_lines(index.videos))
+    write_text(output, write_lines(index.videos))
     print(f"{output}: {len(index.videos)} videos in {len({v.shard for v in index.videos})} shards")
     _show("in the list of labels and in no shard", index.missing)
     _show("left out", [f"{name}: {reason}" for name, reason in index.skipped])
@@ -201,6 +217,7 @@ def _index(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from train.data import DataSettings
     from train.prepare.check import RECORD, check
+    from train.prepare.found import write_text
 
     lists = options.list or [n for n in ("train.txt", "test.txt") if Path(options.root, n).exists()]
     if not lists:
@@ -221,7 +238,7 @@ def _check(options: argparse.Namespace) -> int:
         _show(kind, lines)
     if options.json is not None:
         fields = {"lists": checked.videos, "classes": checked.classes, "faults": checked.faults}
-        _write(options.json, json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
+        write_text(options.json, json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
     if checked.is_well:
         print("all is well")
     return int(not checked.is_well)
@@ -235,16 +252,10 @@ def _show(title: str, lines: Sequence[str], file: TextIO | None = None) -> None:
     print("\n  ".join([f"{title}: {len(lines)}", *lines[:_SHOWN], *rest]), file=file or sys.stdout)
 
 
-def _write(path: Path, text: str) -> None:
-    from model.weights.files import write_atomically
-
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
 def _count(word: str) -> int:
     from train.recipe import count
 
-    return count(word)
+    return 0 if word == "0" else count(word)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The videos below a folder: files by their suffix, or folders of numbered images."""
+"""The videos below a folder, files by their suffix or folders of images; and texts about them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from model.weights.files import write_atomically
 from train.lists import ListError, find_videos
 
+FRAME_NAME = "img_{:05}.jpg"
 _IMAGES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp"))
 
 
@@ -25,7 +27,7 @@ class Found:
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
-def find(root: Path, frame_name: str | None = None) -> Found:
+def survey(root: Path, frame_name: str | None = None) -> Found:
     """The videos below `root`, or with a `frame_name` like "img_{:05}.jpg" its folders of images.
 
     Hidden ones are left out; links are followed, but not to a folder above.
@@ -61,6 +63,11 @@ def why_unlistable(name: str) -> str | None:
     except UnicodeEncodeError:
         return "its name is not UTF-8"
     return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is whole, or not there, whatever ends this process."""
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def shown(name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 from train.lists import SUFFIXES, Listed, ListError
 from train.prepare.found import Found, shown, why_unlistable
 
-# The first of these that is there is the test split; the test videos of Kinetics are in `val`.
+# The first of these that has labelled videos is the test split; that of Kinetics is `val`.
 _TEST_FOLDERS = ("test", "val", "validate", "validation")
 
 
@@ -49,13 +50,21 @@ class Lists:
 def of_folders(root: Path, found: Found, test_share: float, seed: int) -> Lists:
     """The lists of a folder a class, in folders `train` and `test` (or `val`), or without those.
 
-    Without them a share of each class is for testing, and at least one of two videos or more.
+    A folder `test` without a video in the folder of a class, as of those whose labels are kept
+    secret, is none. Without both a share of each class is for testing, and at least one of two
+    videos or more.
 
     Raises:
         ListError: there is no video, or a train folder alone.
     """
-    test_folder = next((name for name in _TEST_FOLDERS if (root / name).is_dir()), None)
-    has_splits = (root / "train").is_dir() and test_folder is not None
+    tests = [name for name in _TEST_FOLDERS if (root / name).is_dir()]
+    has_splits = (root / "train").is_dir() and bool(tests)
+    labelled = {name.partition("/")[0] for name in found.frames if name.count("/") > 1}
+    test_folder = next((name for name in tests if name in labelled), None)
+    if has_splits and test_folder is None:
+        raise ListError(
+            f"{root}: there is no video in the folder of a class of {' or '.join(tests)}"
+        )
     videos: dict[str, dict[str, list[str]]] = {"train": {}, "test": {}}
     skipped = list(found.skipped)
     for name in found.frames:
@@ -130,8 +139,9 @@ def of_kinetics(found: Found, annotations: Sequence[Path]) -> Lists:
     """
     paths = []
     for path in annotations:
-        names = ("train", "val", "validate", "validation", "test")
-        inside = [path / f"{name}.csv" for name in names if (path / f"{name}.csv").is_file()]
+        inside = sorted(each for each in path.glob("*.csv") if _last_word(each) in _KINETICS_SPLITS)
+        if path.is_dir() and not inside:
+            raise ListError(f"{path}: there is no train.csv or val.csv in it")
         paths += inside if path.is_dir() else [path]
     rows: dict[str, list[tuple[str, str]]] = {"train": [], "val": [], "test": []}
     for path in paths:
@@ -154,10 +164,17 @@ def of_kinetics(found: Found, annotations: Sequence[Path]) -> Lists:
     return lists
 
 
+_KINETICS_SPLITS = {"train": "train", "test": "test"}
+_KINETICS_SPLITS |= dict.fromkeys(("val", "validate", "validation"), "val")
+
+
+def _last_word(path: Path) -> str:
+    """Of the name of a file: `train` of both train.csv and kinetics_train.csv."""
+    return re.split(r"[\W\d_]+", path.stem.lower())[-1]
+
+
 def _kinetics_rows(path: Path) -> Iterator[tuple[str, str, str]]:
     """The split ("train", "val" or "test"), name and label of each row that has a label."""
-    splits = {"train": "train", "test": "test"}
-    splits |= dict.fromkeys(("val", "validate", "validation"), "val")
     reader = csv.DictReader(read_text(path).splitlines())
     needed = ("youtube_id", "time_start", "time_end")
     if not set(needed) <= set(reader.fieldnames or ()):
@@ -168,7 +185,7 @@ def _kinetics_rows(path: Path) -> Iterator[tuple[str, str, str]]:
     for row in reader:
         if not row.get("label"):
             continue
-        split = splits.get(row.get("split") or path.stem)
+        split = _KINETICS_SPLITS.get(row.get("split") or _last_word(path))
         try:
             start, end = (int(float(row[key])) for key in ("time_start", "time_end"))
         except (TypeError, ValueError):
@@ -188,14 +205,16 @@ def of_sthv2(found: Found, annotations: Path) -> Lists:
         ListError: a file that is not as released, or no video of theirs is on disk.
     """
     ids = _read_json(annotations, "labels", dict)
-    classes = sorted(ids, key=lambda name: int(ids[name]))
-    if [int(ids[name]) for name in classes] != list(range(len(ids))):
+    if {str(label) for label in ids.values()} != {str(label) for label in range(len(ids))}:
         raise ListError(f"{annotations}: the labels must be numbered from 0 without gaps")
+    classes = sorted(ids, key=lambda name: int(ids[name]))
     labels = {name: label for label, name in enumerate(classes)}
     named: dict[str, list[tuple[str, int]]] = {}
     for split, word in (("train", "train"), ("test", "validation")):
         named[split] = []
         for entry in _read_json(annotations, word, list):
+            if not isinstance(entry, dict):
+                raise ListError(f"{annotations}: {word} must list objects, got {entry!r}")
             # "Putting [something] on [something]" is the class "Putting something on something".
             name = str(entry.get("template", "")).replace("[", "").replace("]", "")
             if name not in labels or "id" not in entry:
@@ -230,7 +249,7 @@ def of_ucf(found: Found, annotations: Path, split: int) -> Lists:
         ListError: a file that is not as released, or no video of theirs is on disk.
     """
     numbers = {}
-    for number, name in _words(annotations / "classInd.txt", lambda words: len(words) == 2):
+    for number, name in _words(annotations / "classInd.txt", _is_class):
         numbers[name] = int(number)
     classes = sorted(numbers, key=numbers.get)
     if [numbers[name] for name in classes] != list(range(1, len(classes) + 1)):
@@ -244,6 +263,10 @@ def of_ucf(found: Found, annotations: Path, split: int) -> Lists:
     lists = Lists(classes, skipped=list(found.skipped))
     _fill(lists, found, named)
     return lists
+
+
+def _is_class(words: list[str]) -> bool:
+    return len(words) == 2 and words[0].isdecimal()
 
 
 def _words(path: Path, is_right: Callable[[list[str]], bool]) -> Iterator[list[str]]:

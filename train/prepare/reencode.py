@@ -2,7 +2,8 @@
 
 What a file of SOURCE becomes is decided by what decord's reader would give of it: the picture as it
 is stored, turned upright, all frames at their times, without sound. Pixels that are not square stay
-so, and the file says it.
+so, and the file says it. Colours are coded by BT.601 in the narrow range, whatever the size:
+programs that do not read in the file which it is take that for granted.
 
 The encoder's settings were measured on two clips of 340 x 256 (23 November 2026, one core, PyAV
 17.1). A keyframe every 32 frames makes files 4 to 12 % larger than one every 250, and decoding 32
@@ -12,29 +13,28 @@ and gains nothing. `veryfast` took less than half the time of `medium` and made 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import av
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from train.prepare.found import find
-from train.prepare.upright import BrokenError, Origin, read_upright
+from model.weights.files import sync_folder
+from train.lists import find_videos
+from train.prepare.found import FRAME_NAME, survey, write_text
+from train.prepare.upright import Origin, read_upright
 from train.prepare.workers import Died, each
-from train.video import declared_bytes
+from train.video import VideoError, check_file
 
-if TYPE_CHECKING:
-    import av
-
-FRAME_NAME = "img_{:05}.jpg"
 _PARTIAL = ".partial-"
-# FFmpeg's number (AVCOL_RANGE_MPEG) for luma from 16 to 235.
-_NARROW = 1
+# FFmpeg's numbers (AVCOL_SPC_SMPTE170M, AVCOL_RANGE_MPEG) for BT.601 and luma from 16 to 235.
+_BT601, _NARROW = 6, 1
 _ENCODER = {"preset": "veryfast", "crf": "20", "g": "32", "threads": "1"}
 
 
@@ -55,8 +55,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.short_side < 16 or self.short_side % 2:
             raise ValueError(f"the short side must be even and 16 or more, got {self.short_side}")
-        if self.fps is not None and not 0 < self.fps <= 1000:
-            raise ValueError(f"the frame rate must be above 0 and at most 1000, got {self.fps}")
+        if self.fps is not None and not 0.001 <= self.fps <= 1000:
+            raise ValueError(f"the frame rate must be from 0.001 to 1000, got {self.fps}")
 
 
 @dataclass
@@ -71,15 +71,16 @@ class Outcome:
 def reencode(source: Path, target: Path, settings: Settings, workers: int) -> Outcome:
     """Write each video below `source` to the same place below `target`; what came of it.
 
-    What is there is complete and left alone. Broken videos are named in `target/broken.txt`.
+    What is there is complete, and left alone unless its source is newer. Broken videos are named in
+    `target/broken.txt`.
 
     Raises:
         ListError: `source` is no folder.
         ValueError: two videos would become one file, `target` lies in `source` or has videos of
-            other settings, or another process writes there.
+            other settings or origin, or another process writes there.
         RuntimeError: a result cannot be written.
     """
-    found = find(source)
+    found = survey(source)
     if target.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{target} lies in {source}, whose videos are read: choose another folder")
     plan = plan_targets(list(found.frames), settings)
@@ -87,7 +88,7 @@ def reencode(source: Path, target: Path, settings: Settings, workers: int) -> Ou
     outcome = Outcome(broken=list(found.skipped))
     try:
         with FileLock(target / ".reencode.lock", timeout=0):
-            _claim(target, settings)
+            _claim(target, plan, settings)
             _write_all(source, target, plan, settings, workers, outcome)
     except Timeout:
         raise ValueError(
@@ -106,24 +107,29 @@ def plan_targets(names: list[str], settings: Settings) -> dict[str, str]:
         other = sources.setdefault(plan[name], name)
         if other != name:
             raise ValueError(f"{other} and {name} would both become {plan[name]}: rename one")
-    for result, name in sources.items() if settings.has_images else ():
+    for result, name in sources.items():
         for above in map(str, Path(result).parents):
             if above in sources:
                 raise ValueError(
-                    f"{sources[above]} would become the folder that {name} lies in: rename one"
+                    f"{sources[above]} would become {above}, which must be a folder for {name}: "
+                    f"rename one"
                 )
     return plan
 
 
-def _claim(target: Path, settings: Settings) -> None:
+def _claim(target: Path, plan: dict[str, str], settings: Settings) -> None:
     """Make `target` a folder of `settings`, and rid it of what a killed run left half done."""
-    path = target / "reencode.json"
-    if path.exists() and json.loads(path.read_text()) != asdict(settings):
-        raise ValueError(
-            f"{target} has videos of other settings, {path.read_text().strip()}: choose another "
-            f"folder, or remove it"
-        )
-    _write_text(path, json.dumps(asdict(settings)) + "\n")
+    path, text = target / "reencode.json", json.dumps(asdict(settings)) + "\n"
+    if path.exists():
+        said = path.read_text(encoding="utf-8", errors="replace")
+        if said != text:
+            raise ValueError(
+                f"{target} has videos of other settings, {said.strip() or 'which none knows'}: "
+                f"choose another folder, or remove it"
+            )
+    elif any(find_videos(target)) or any((target / result).exists() for result in plan.values()):
+        raise ValueError(f"{target} has videos of another origin: choose another folder")
+    write_text(path, text)
     for left in target.glob(f"{_PARTIAL}*"):
         shutil.rmtree(left)
 
@@ -141,7 +147,7 @@ def _write_all(
     jobs = [
         (name, source / name, target / result, partial / f"{number}{Path(result).suffix}", settings)
         for number, (name, result) in enumerate(plan.items())
-        if not (target / result).exists()
+        if not _is_done(source / name, target / result)
     ]
     outcome.kept = len(plan) - len(jobs)
     try:
@@ -159,58 +165,55 @@ def _write_all(
         outcome.broken.sort()
         text = "".join(f"{name}\t{reason}\n" for name, reason in outcome.broken)
         if text:
-            _write_text(target / "broken.txt", text)
+            write_text(target / "broken.txt", text)
         else:
             (target / "broken.txt").unlink(missing_ok=True)
 
 
+def _is_done(source: Path, result: Path) -> bool:
+    """Whether `result` is there and no older than its source."""
+    try:
+        return result.exists() and result.stat().st_mtime_ns >= source.stat().st_mtime_ns
+    except OSError:
+        return False
+
+
 def _convert(job: tuple[str, Path, Path, Path, Settings]) -> str | None:
     """Why a video cannot be converted, None if it was; RuntimeError if nothing can be written."""
-    import av
-
     _, source, target, partial, settings = job
     try:
-        if reason := _why_not_whole(source):
-            return reason
+        # What is there is of an older source.
+        _remove(target)
+        check_file(str(source))
         (_write_images if settings.has_images else _write_video)(source, partial, settings)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.rename(target)
         return None
-    except BrokenError as error:
-        reason = str(error)
+    except VideoError as error:
+        reason = error.reason
     except OSError as error:
         # What cannot be read is broken, above; this is about the disk written to, and all videos.
         raise RuntimeError(f"cannot write {target}: {error.strerror or error}") from error
     except av.FFmpegError as error:
         reason = f"it cannot be encoded: {error.strerror}"
     # Before the next one: broken videos could be long, and many.
-    if partial.is_dir():
-        shutil.rmtree(partial)
-    else:
-        partial.unlink(missing_ok=True)
+    _remove(partial)
     return reason
 
 
-def _why_not_whole(source: Path) -> str | None:
-    """Why a file cannot be a whole video, as far as its size says."""
-    try:
-        with open(source, "rb") as file:
-            size, declared = file.seek(0, os.SEEK_END), declared_bytes(file)
-    except OSError as error:
-        return (error.strerror or str(error)).lower()
-    if not size:
-        return "the file is empty"
-    if size < declared:
-        return f"the file is truncated, {size} of {declared} bytes are there"
-    return None
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write_video(source: Path, path: Path, settings: Settings) -> None:
     """Encode the frames of `source` as an mp4 file that is safe on disk."""
-    import av
-
-    # The index first: whoever opens the file then reads its beginning alone.
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+    # The index first: whoever opens the file then reads its beginning alone. And an absolute path,
+    # or FFmpeg would take what stands before a colon for a protocol.
+    path = os.path.abspath(path)
+    with av.open(path, "w", options={"movflags": "faststart"}) as container:
         stream, frames, packets = None, 0, 0
         for frame, origin in read_upright(source, settings.short_side, settings.fps, "yuv420p"):
             if stream is None:
@@ -221,9 +224,8 @@ def _write_video(source: Path, path: Path, settings: Settings) -> None:
             packets += _mux(container, stream.encode(frame))
         packets += _mux(container, stream.encode())
     if packets != frames:
-        raise BrokenError(f"the encoder made {packets} frames of its {frames}")
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+        raise VideoError(str(source), f"the encoder made {packets} frames of its {frames}")
+    _sync(path)
 
 
 def _mux(container: av.container.OutputContainer, packets: list[av.Packet]) -> int:
@@ -242,8 +244,8 @@ def _add_stream(
     context.time_base = origin.time_base
     if origin.pixel_aspect:
         context.sample_aspect_ratio = origin.pixel_aspect
-    # Colours mean what they did; the values were brought into the narrow range.
-    context.colorspace, context.color_range = frame.colorspace, _NARROW
+    # Colours mean what they did; `read_upright` brought the values into this coding.
+    context.colorspace, context.color_range = _BT601, _NARROW
     context.color_primaries, context.color_trc = origin.primaries, origin.transfer
     return stream
 
@@ -254,10 +256,16 @@ def _write_images(source: Path, folder: Path, settings: Settings) -> None:
     for number, (frame, _) in enumerate(
         read_upright(source, settings.short_side, settings.fps, "rgb24"), start=1
     ):
-        frame.to_image().save(folder / FRAME_NAME.format(number), quality=95)
+        # Into memory first: Pillow does not notice that a full disk took a part only.
+        content = io.BytesIO()
+        frame.to_image().save(content, "JPEG", quality=95)
+        (folder / FRAME_NAME.format(number)).write_bytes(content.getbuffer())
+    for path in folder.iterdir():
+        _sync(path)
+    sync_folder(folder)
 
 
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def _sync(path: Path | str) -> None:
+    """Make a file safe on disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

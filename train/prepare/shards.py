@@ -82,7 +82,7 @@ def build_index(
         index.missing = [name for name in wanted if name not in members]
         why_not = "it is not in the list of labels"
     else:
-        folders = {name: name.partition("/")[0] for name in members if "/" in name}
+        folders = {name: name.partition("/")[0] for name in members if _why_no_class(name) is None}
         index.classes = sorted(set(folders.values())) if classes is None else classes
         numbers = {name: label for label, name in enumerate(index.classes)}
         for name, folder in folders.items():
@@ -92,12 +92,12 @@ def build_index(
                     f"classes in classes.txt; remove that file to number them anew"
                 )
         wanted = {name: numbers[folder] for name, folder in folders.items()}
-        why_not = "it is not in the folder of a class"
+        why_not = None
     for name, listed in members.items():
         if name in wanted:
             index.videos.append(listed._replace(label=wanted[name]))
         else:
-            index.skipped.append((f"{listed.shard}:{name}", why_not))
+            index.skipped.append((f"{listed.shard}:{name}", why_not or _why_no_class(name)))
     if not index.videos:
         reasons = sorted({reason for _, reason in index.skipped}) or ["they are empty"]
         raise ListError(f"{root}: no video of {len(paths)} shards is listed: {'; '.join(reasons)}")
@@ -123,7 +123,9 @@ def read_members(path: Path) -> Iterator[tarfile.TarInfo]:
         try:
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
-                    end = member.offset_data + (member.size if member.isreg() else 0)
+                    # A file with holes is shorter in there.
+                    is_plain = member.isreg() and not member.issparse()
+                    end = member.offset_data + (member.size if is_plain else 0)
                     if end > size:
                         raise ListError(
                             f"{path}: cut short, {member.name} ends at byte {end} of {size}"
@@ -134,6 +136,8 @@ def read_members(path: Path) -> Iterator[tarfile.TarInfo]:
                 end = archive.offset
         except tarfile.TarError as error:
             raise ListError(f"{path}: not a whole tar file, {error}") from None
+        if size - end < tarfile.BLOCKSIZE:
+            raise ListError(f"{path}: cut short, there is no block of zeros at its end, byte {end}")
         file.seek(end)
         while chunk := file.read(_CHUNK):
             if chunk.count(0) < len(chunk):
@@ -156,6 +160,16 @@ def _why_no_video(member: tarfile.TarInfo, name: str) -> str | None:
     if not member.size:
         return "it is empty"
     return why_unlistable(name)
+
+
+def _why_no_class(name: str) -> str | None:
+    """Why the first folder of a name is no class, None if it is one."""
+    folder = name.partition("/")[0]
+    if not folder:
+        return "its name begins with a slash"
+    if folder == name:
+        return "it is not in the folder of a class"
+    return None if why_unlistable(folder) is None else f"of its folder: {why_unlistable(folder)}"
 
 
 def write_lines(videos: list[Listed]) -> str:

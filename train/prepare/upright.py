@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from heapq import heappop, heappush
 from itertools import chain, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import av
+import av.filter
 import numpy as np
 
-if TYPE_CHECKING:
-    import av
+from train.readers.pyav import Opened
+from train.video import VideoError
 
 # Seconds that a picture may stand still; a broken clock would fill the disk with copies of one.
 _LONGEST_PAUSE = 600
 # Frames that a time may be away from its own: the most that H.264 can reorder.
 _REORDERED = 16
-
-
-class BrokenError(Exception):
-    """A video that cannot be decoded; its text is the reason."""
+# Of the length that a file says it has, the least that its frames must come to.
+_LEAST_LENGTH = 0.9
 
 
 @dataclass(frozen=True)
@@ -57,68 +57,92 @@ def read_upright(
         pixels: FFmpeg's name of a format, "yuv420p" or "rgb24".
 
     Raises:
-        BrokenError: it cannot be decoded.
+        VideoError: it cannot be decoded, or is damaged.
     """
-    import av
+    opened = Opened(str(source), None, 1)
+    try:
+        stream = opened.stream
+        time_base = stream.time_base
+        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+        step = max(1, round(1 / (rate * time_base)))
+        # Small frames wait for their times, not those of the source.
+        frames = _with_times(_scale(_whole(opened, step), time_base, short_side, pixels), step)
+        if fps is not None:
+            fps = Fraction(fps).limit_denominator(1001)
+            frames = _resample(frames, time_base, fps, str(source))
+            time_base, rate = 1 / fps, fps
+        for (frame, is_sideways), pts in frames:
+            aspect = stream.sample_aspect_ratio or None
+            if aspect and is_sideways:
+                aspect = 1 / aspect
+            context = stream.codec_context
+            frame.pts, frame.time_base = pts, time_base
+            yield frame, Origin(time_base, rate, aspect, context.color_primaries, context.color_trc)
+    except av.FFmpegError as error:
+        raise VideoError(str(source), f"it cannot be decoded: {error.strerror}") from None
+    finally:
+        opened.close()
 
-    frames = _decode(source)
-    if fps is not None:
-        frames = _resample(frames, Fraction(fps).limit_denominator(1001))
+
+def _whole(opened: Opened, step: int) -> Iterator[av.VideoFrame]:
+    """The frames of a video as they are stored, if none is damaged and none is left out."""
+    number, end = -1, 0
+    for number, frame in enumerate(opened.frames()):
+        if frame.is_corrupt:
+            raise VideoError(opened.path, f"frame {number} is damaged")
+        end = max(end, (number + 1) * step, (frame.pts or 0) + step)
+        yield frame
+    if number < 0:
+        raise VideoError(opened.path, "no frame of it can be decoded")
+    # Behind a damaged place FFmpeg goes on where it can, without a word. If that is before the end,
+    # all that is left of the damage is a pause, and some videos have pauses.
+    end, declared = float(end * opened.stream.time_base), float(_declared_length(opened))
+    if end < _LEAST_LENGTH * declared:
+        reason = f"it is damaged, its frames end at {end:.1f} of {declared:.1f} s"
+        raise VideoError(opened.path, reason)
+
+
+def _declared_length(opened: Opened) -> Fraction:
+    """When the video ends as avi and Matroska files say, in seconds; 0 where nothing says it.
+
+    Others guess it, or count frames that are not shown; what is damaged in an mp4 file is refused
+    by the decoder.
+    """
+    stream = opened.stream
+    if opened.container.format.name == "avi":
+        return (stream.duration or 0) * stream.time_base
+    try:
+        hours, minutes, seconds = stream.metadata.get("DURATION", "").split(":")
+        return (int(hours) * 60 + int(minutes)) * 60 + Fraction(seconds)
+    except ValueError:
+        return Fraction(0)
+
+
+def _scale(
+    frames: Iterable[av.VideoFrame], time_base: Fraction, short_side: int, pixels: str
+) -> Iterator[tuple[tuple[av.VideoFrame, bool], int | None]]:
+    """Each frame small and upright, whether it was turned by a quarter, and its own time."""
     graph = kind = size = None
-    for frame, pts, origin in frames:
+    for frame in frames:
         turns = upright_filters(frame)
         is_sideways = "transpose" in dict(turns)
-        if is_sideways and origin.pixel_aspect:
-            origin = replace(origin, pixel_aspect=1 / origin.pixel_aspect)
-        new_kind = (frame.width, frame.height, frame.format.name, turns)
-        try:
-            if new_kind != kind:
-                # In a recorded broadcast later frames may differ: all are made as the first.
-                if size is None:
-                    size = even_size(frame.width, frame.height, short_side)
-                    size = size[::-1] if is_sideways else size
-                stored = size[::-1] if is_sideways else size
-                graph = _build_graph(frame, origin.time_base, stored, turns, pixels)
-                kind = new_kind
-            frame.pts, frame.time_base = pts, origin.time_base
-            graph.push(frame)
-            result = graph.pull()
-        except av.FFmpegError as error:
-            raise BrokenError(f"it cannot be scaled: {error.strerror}") from None
-        yield result, origin
+        new_kind = (
+            *(frame.width, frame.height, frame.format.name),
+            *(frame.colorspace, frame.color_range, turns),
+        )
+        if new_kind != kind:
+            # In a recorded broadcast later frames may differ: all are made as the first.
+            if size is None:
+                size = even_size(frame.width, frame.height, short_side)
+                size = size[::-1] if is_sideways else size
+            stored = size[::-1] if is_sideways else size
+            graph, kind = _build_graph(frame, time_base, stored, turns, pixels), new_kind
+        pts = frame.pts
+        graph.push(frame)
+        yield (graph.pull(), is_sideways), pts
 
 
-def _decode(source: Path) -> Iterator[tuple[av.VideoFrame, int, Origin]]:
-    """The frames of a video as they are stored, their times from 0, and what they were part of."""
-    import av
-
-    try:
-        with av.open(str(source), metadata_errors="replace") as container:
-            # Not the first: that may be the picture of a cover.
-            stream = container.streams.best("video")
-            if stream is None:
-                raise BrokenError("there is no video stream in the file")
-            # The workers fill the cores.
-            stream.codec_context.thread_count = 1
-            rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-            step = max(1, round(1 / (rate * stream.time_base)))
-            pts = None
-            for frame, pts in _with_times(container.decode(stream), step):
-                origin = Origin(
-                    stream.time_base,
-                    rate,
-                    stream.sample_aspect_ratio or None,
-                    stream.codec_context.color_primaries,
-                    stream.codec_context.color_trc,
-                )
-                yield frame, pts, origin
-            if pts is None:
-                raise BrokenError("no frame of it can be decoded")
-    except av.FFmpegError as error:
-        raise BrokenError(f"it cannot be decoded: {error.strerror}") from None
-
-
-def _with_times(frames: Iterator[av.VideoFrame], step: int) -> Iterator[tuple[av.VideoFrame, int]]:
+def _with_times(frames: Iterable[tuple[Any, int | None]], step: int) -> Iterator[tuple[Any, int]]:
     """Frames with rising times from 0, made of their own; `step` after the last where one has none.
 
     They come in the order in which they are shown, but not so their times: those of an avi file
@@ -126,9 +150,9 @@ def _with_times(frames: Iterator[av.VideoFrame], step: int) -> Iterator[tuple[av
     """
     waiting, times = deque(), []
     first = last = own = None
-    for frame in chain(frames, repeat(None, _REORDERED)):
+    for frame, pts in chain(frames, repeat((None, None), _REORDERED)):
         if frame is not None:
-            own = frame.pts if frame.pts is not None else 0 if own is None else own + step
+            own = pts if pts is not None else 0 if own is None else own + step
             waiting.append(frame)
             heappush(times, own)
         if waiting and (frame is None or len(waiting) > _REORDERED):
@@ -139,22 +163,22 @@ def _with_times(frames: Iterator[av.VideoFrame], step: int) -> Iterator[tuple[av
 
 
 def _resample(
-    frames: Iterator[tuple[av.VideoFrame, int, Origin]], fps: Fraction
-) -> Iterator[tuple[av.VideoFrame, int, Origin]]:
+    frames: Iterable[tuple[Any, int]], time_base: Fraction, fps: Fraction, path: str
+) -> Iterator[tuple[Any, int]]:
     """Frames at a constant rate: frame k is the last whose time is, rounded, at most k / fps."""
-    held, place, constant = None, 0, None
-    for frame, pts, origin in frames:
+    held, place = None, 0
+    for frame, pts in frames:
         # From time_base to frames of the new rate; halves up.
-        slot = math.floor(pts * origin.time_base * fps + Fraction(1, 2))
+        slot = math.floor(pts * time_base * fps + Fraction(1, 2))
         if slot - place > _LONGEST_PAUSE * fps:
-            raise BrokenError(f"between two frames are {float((slot - place) / fps):.0f} s")
+            seconds = float((slot - place) / fps)
+            raise VideoError(path, f"between two frames are {seconds:.0f} s")
         while held is not None and place < slot:
-            yield held, place, constant
+            yield held, place
             place += 1
         held = frame
-        constant = replace(origin, time_base=1 / fps, rate=fps)
     if held is not None:
-        yield held, place, constant
+        yield held, place
 
 
 def even_size(width: int, height: int, short_side: int) -> tuple[int, int]:
@@ -189,16 +213,16 @@ def _build_graph(
     pixels: str,
 ) -> av.filter.Graph:
     """What frames like this one are pushed into and pulled from; `size` is that before turning."""
-    from av.filter import Graph
-
-    graph = Graph()
+    graph = av.filter.Graph()
     source = graph.add_buffer(
         width=frame.width, height=frame.height, format=frame.format, time_base=time_base
     )
     filters = [*turns, ("format", pixels), ("buffersink", "")]
-    # The narrow range is what players and readers take for granted in yuv420p.
-    narrow = ":out_range=tv" if pixels == "yuv420p" else ""
-    filters.insert(0, ("scale", f"{size[0]}:{size[1]}:flags=bicubic{narrow}"))
+    # What players and readers take for granted in yuv420p; `reencode` says it in the file, too.
+    meaning = ":out_color_matrix=bt601:out_range=tv" if pixels == "yuv420p" else ""
+    # Without the two other flags, BT.709 becomes BT.601 three to five levels darker.
+    flags = "flags=bicubic+accurate_rnd+full_chroma_int"
+    filters.insert(0, ("scale", f"{size[0]}:{size[1]}:{flags}{meaning}"))
     if frame.width - size[0] in (0, 1) and frame.height - size[1] in (0, 1):
         filters.insert(0, ("crop", f"{size[0]}:{size[1]}:0:0"))
     nodes = [graph.add(name, options or None) for name, options in filters]

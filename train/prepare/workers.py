@@ -32,16 +32,15 @@ def each(
 ) -> Iterator[tuple[Job, Any]]:
     """Each job with `function(job)`, or with `Died`, as they are done: in any order.
 
-    One worker is this process itself, in order, and nothing survives its death. More are started
-    afresh, not forked: the caller may hold threads that a fork would break. They end with this
-    process, whatever ends it, and at once when the iterator is closed.
+    Workers are started afresh, not forked: the caller may hold threads that a fork would break.
+    They end with this process, whatever ends it, and at once when the iterator is closed.
 
     Args:
         function: of a module, called in the workers; what it raises is raised here as RuntimeError.
         jobs: can be pickled; taken only as workers become free.
-        workers: how many processes.
+        workers: how many processes; 0 is this one, in order, and nothing survives its death.
     """
-    if workers == 1:
+    if workers == 0:
         for job in jobs:
             yield job, function(job)
         return
@@ -50,8 +49,9 @@ def each(
         while True:
             for job in islice(jobs, workers - len(busy)):
                 worker = idle.pop() if idle else _Worker(function)
-                worker.job = job
-                worker.pipe.send(job)
+                if not worker.take(job):
+                    worker = _Worker(function)
+                    worker.take(job)
                 busy[worker.pipe] = worker
             if not busy:
                 return
@@ -83,6 +83,16 @@ class _Worker:
         self.process.start()
         # With ours alone open, the end of the process is the end of what can be read.
         theirs.close()
+
+    def take(self, job: Any) -> bool:
+        """Whether the process is there to be given a job; it may have been killed meanwhile."""
+        self.job = job
+        try:
+            self.pipe.send(job)
+        except OSError:
+            self.process.join()
+            return False
+        return True
 
 
 def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:

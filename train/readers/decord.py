@@ -90,6 +90,10 @@ class Reader(Video):
             self._reader = self._open()
             raise VideoError(self.path, reason) from None
 
+    def keys(self) -> list[int]:
+        """Return the numbers of the key frames as decord counts them: wrong where GOPs are open."""
+        return self._reader.get_key_indices()
+
     def _open(self) -> decord.VideoReader:
         """Return a fresh decord reader."""
         # An absolute path, or FFmpeg would take what stands before a colon for a protocol.
@@ -102,6 +106,9 @@ class Reader(Video):
                     num_threads=self._num_threads,
                     fault_tol=_NO_REPEATED_FRAMES,
                 )
+        except UnicodeEncodeError:
+            reason = "decord opens no name that is not UTF-8: rename it, or use reader 'pyav'"
+            raise VideoError(self.path, reason) from None
         except Exception as error:
             if "cannot find video stream" in str(error):
                 raise VideoError(self.path, "there is no video stream in the file") from None

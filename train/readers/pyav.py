@@ -6,7 +6,9 @@ frame of that time comes out. One that does not, or is damaged, is looked for on
 start of the video, for not all that containers call a key frame can be decoded alone.
 
 Where times cannot be trusted, frames are counted as they are decoded from the start: opening then
-decodes the whole video once, and reading goes to no key frame. Such are, with FFmpeg 8.1:
+decodes the whole video once, reading goes to no key frame, and the file stays open until the next
+read, which goes on from there if it can: clips that follow each other decode a video once more.
+Such are, with FFmpeg 8.1:
 
 * avi and MPEG program streams with B-frames: the first stores the order of decoding alone (H.264
   frames came out as 1 3 4 2), of the second two frames in sixty had each other's time;
@@ -92,7 +94,13 @@ def times_of(packets: list[Packet]) -> Times | None:
 
 
 class Reader(Video):
-    """A video that PyAV decodes; its file is open only while it is read."""
+    """A video that PyAV decodes.
+
+    Its file is open only while it is read; where frames are counted, from the first read until the
+    last frame was read, a read fails, or the video is let go of.
+    """
+
+    _search = None
 
     def __init__(self, path: str, data: bytes | None, num_threads: int):
         """Open the file at `path`, or `data` if there are some; raises VideoError."""
@@ -118,7 +126,12 @@ class Reader(Video):
 
     def _decode(self, unique: np.ndarray) -> np.ndarray:
         """Return the frames at `unique`, which ascends, uint8 [len(unique), H, W, 3]."""
-        search = Search(Opened(self.path, self._data, self._num_threads), self._times)
+        search, self._search = self._search, None
+        if search is not None and search.last >= unique[0]:
+            search.opened.close()
+            search = None
+        if search is None:
+            search = Search(Opened(self.path, self._data, self._num_threads), self._times)
         try:
             pictures = []
             for index in unique.tolist():
@@ -130,9 +143,17 @@ class Reader(Video):
                     height, width = pictures[0].shape[:2]
                     size = f"{pictures[-1].shape[0]} x {pictures[-1].shape[1]}"
                     self._fail(index, f"it has {size} pixels, others {height} x {width}")
+            if self._times is None and search.last + 1 < self.num_frames:
+                self._search = search
             return np.stack(pictures)
         finally:
-            search.opened.close()
+            if self._search is None:
+                search.opened.close()
+
+    def __del__(self):
+        """Close a file that was kept open, in the process that opened it: it has the threads."""
+        if self._search is not None and self._process == os.getpid():
+            self._search.opened.close()
 
     def _fail(self, index: int, reason: str) -> None:
         """Raise VideoError for frame `index`."""
