@@ -138,9 +138,8 @@ def steady(build: Callable[[], DataLoader], device: torch.device) -> Iterator[Ba
 
 
 def _begun(loader: DataLoader) -> tuple[Iterator[Batch], list[BaseProcess]]:
-    """The loader's iterator, under which a dead worker is found when its batch is asked for.
+    """The loader's iterator, which finds a dead worker when its batch is asked for, and its workers.
 
-    And its workers.
     torch's handler of dead children raises wherever the program is, which may be half a step.
     """
     before, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
