@@ -138,7 +138,7 @@ def steady(build: Callable[[], DataLoader], device: torch.device) -> Iterator[Ba
 
 
 def _begun(loader: DataLoader) -> tuple[Iterator[Batch], list[BaseProcess]]:
-    """The loader's iterator, which finds a dead worker when its batch is asked for, and its workers.
+    """A loader's iterator, which finds a dead worker when its batch is asked for; the workers.
 
     torch's handler of dead children raises wherever the program is, which may be half a step.
     """
