@@ -22,6 +22,7 @@ STATE = {
     "scaler": {},
     "skipped": 1,
     "tested": 6,
+    "test_videos": "another",
 }
 
 
