@@ -290,8 +290,8 @@ runpy.run_module("train", run_name="__main__", alter_sys=True)
 def test_processes_that_do_not_see_the_same_folder_are_told_so(recipe, alone, tmp_path):
     shutil.copytree(alone, tmp_path / "run1")
     done = torchrun(recipe, tmp_path / "run", "--resume", program=APART, ends_well=False)
-    said = "the processes of the run do not have the same recipe, videos, --output\n"
-    assert done.stderr.count(said) == 2
+    # Of one of them at least: torchrun may end the other before it tells.
+    assert "the processes of the run do not have the same recipe, videos, --output" in done.stderr
 
 
 @pytest.mark.slow
