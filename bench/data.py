@@ -249,7 +249,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 rows.append({**key, **row})
                 bad += "wrong" in row or "failed" in row
         for lines in options.lines:
-            key = {"bench": "lists", "preset": options.preset, "lines": lines}
+            key = {"bench": "lists", "preset": options.preset, "lines": lines, "layout": "files"}
             if rows.find(key) is None:
                 rows.append({**key, **begin(lines, preset.rounds, Path(folder))})
     print(rows.table(COLUMNS, {"bench": "data", "preset": options.preset}))

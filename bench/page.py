@@ -123,6 +123,23 @@ TABLES = (
         is_more_better=True,
         has_plot=False,
     ),
+    Table(
+        "lists",
+        "Reading lists of videos, to the keys of the first batch",
+        (),
+        ("lines",),
+        provider="layout",
+        has_plot=False,
+    ),
+    Table(
+        "lists",
+        "Reading lists of videos: most memory of the process, torch with it",
+        (),
+        ("lines",),
+        provider="layout",
+        value=("peak_mb", "MB"),
+        has_plot=False,
+    ),
 )
 
 
