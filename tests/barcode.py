@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from train.video import Video
+
 HEIGHT, WIDTH = 64, 96
+FRAMES = 60
 BITS = 12
 CLOCK = 600  # ticks a second, of videos with irregular times
 
@@ -92,3 +95,33 @@ def write_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def patterns(count: int, seed: int) -> list[list[int]]:
+    """Ways to read a video: at random, sorted, repeated, backwards, single and strided."""
+    generator = np.random.default_rng(seed)
+    drawn = []
+    for number in range(count):
+        some = generator.integers(FRAMES, size=generator.integers(2, 6))
+        start, step = generator.integers(FRAMES // 2), generator.integers(1, 12)
+        drawn.append(
+            [
+                some,
+                np.sort(some),
+                np.repeat(some, 2),
+                np.sort(some)[::-1],
+                some[:1],
+                np.arange(start, FRAMES, step),
+            ][number % 6].tolist()
+        )
+    return drawn
+
+
+def check_patterns(video: Video, count: int) -> None:
+    """Assert that `video` gives the frames of so many patterns of access, and no others."""
+    assert video.num_frames == FRAMES
+    for indices in patterns(count, seed=count):
+        frames = video.read(indices)
+        assert frames.dtype == torch.uint8
+        assert frames.shape == (len(indices), 3, HEIGHT, WIDTH)
+        assert numbers_of(frames) == indices

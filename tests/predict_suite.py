@@ -1,6 +1,6 @@
 """Videos whose frames tell their number, and a model with weights that tell one from another."""
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -119,3 +119,25 @@ def only(folder: Path) -> np.ndarray:
     """What the one npy file of a folder holds."""
     (array,) = stored(folder).values()
     return array
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with suite.one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    return write_videos(tmp_path_factory.mktemp("grey"))
+
+
+@pytest.fixture(scope="module")
+def twenty(videos) -> Path:
+    return videos / "b" / "twenty.mp4"
+
+
+@pytest.fixture(scope="module")
+def extract(tmp_path_factory):
+    """Runs the command into a folder; its status."""
+    return partial(run_features, write_checkpoint(tmp_path_factory.mktemp("trained") / "last.pt"))

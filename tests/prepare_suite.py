@@ -6,6 +6,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pytest
 
 from train.prepare.__main__ import main
 
@@ -107,3 +108,17 @@ def square_or_end(number: int) -> int:
     if number == 5:
         raise RuntimeError("no room for 5")
     return number**2
+
+
+@pytest.fixture
+def folders(tmp_path):
+    (tmp_path / "source").mkdir()
+    return tmp_path / "source", tmp_path / "target"
+
+
+def error_of(capfd, *words) -> str:
+    """What a command that is refused says, in one line."""
+    assert prepare(*words) == 1
+    error = capfd.readouterr().err.strip()
+    assert "\n" not in error
+    return error

@@ -1,5 +1,6 @@
 """From annotation lists to batches: what is read, in which order, and what is not readable."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,6 +187,18 @@ def test_the_rest_of_a_batch_survives_its_broken_videos(folder):
         Broken("empty.mp4", "the file is empty"),
         Broken("notes.mp4", "not a video decord can open"),
     ]
+
+
+def test_only_what_is_read_for_long_is_given_up(folder):
+    videos = dataset(folder, ["noise"] * 4, seed=0, workers=3)
+    now = time.monotonic()
+    videos._reading[:] = torch.tensor([[1, now - 9], [2, now - 2], [-1, now - 99]])
+    videos.give_up(5)
+    found = [videos[0, index] for index in range(4)]
+    assert [isinstance(each, Broken) for each in found] == [False, True, False, False]
+    # A worker that is started anew reads nothing yet.
+    videos.give_up(0)
+    assert not isinstance(videos[0, 2], Broken)
 
 
 def test_a_batch_of_broken_videos_alone_is_empty(folder):

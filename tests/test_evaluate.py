@@ -8,30 +8,22 @@ import torch
 import train_suite as suite
 from matplotlib.axes import Axes
 from torch import nn
+from train_suite import recipe as recipe
+from train_suite import videos as videos
 
 from model import create
 from model.weights import save_weights, to_official, to_torchvision
-from train import results
+from train import evaluate, results
 from train.checkpoint import CheckpointError
+from train.data import VideoDataset
 from train.evaluate import Evaluation, view_logits
 from train.lists import read_list
 from train.loop import Run
+from train.parallel import Group
 from train.recipes import RECIPES
 from train.trained import PUBLISHED, Trained, load_trained
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("evaluate") / "videos"
-    suite.write_videos(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def recipe(videos):
-    return suite.tiny_recipe(videos)
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +125,6 @@ def test_one_command_tests_published_weights(videos, recipe, tmp_path, monkeypat
     torch.save({"meta": {}, "state_dict": to_official(model)}, path)
     monkeypatch.setitem(RECIPES, "swin_t_k400_1k", recipe)
     monkeypatch.setattr("train.trained.locate", lambda variant, weights: path)
-    from train import evaluate
-
     with suite.one_thread():
         words = ["--published", "swin_t_k400_1k", *suite.MACHINE, "--loop.views-per-pass=1"]
         assert evaluate.main(words) == 0
@@ -225,6 +215,24 @@ def test_folders_of_classes_name_the_classes_of_weights(tiny, videos, tmp_path, 
     assert [row.split(",")[0].split("/")[1] for row in rows] == [row.split(",")[1] for row in rows]
 
 
+def test_processes_meet_after_each_batch(recipe, monkeypatch):
+    """Else the first that is done would wait at the end for longer than gloo lets it."""
+    met = []
+    monkeypatch.setattr(Group, "wait", lambda group: met.append(group))
+    data = suite.changed(recipe, loop={"test_batch_size": 3})
+    videos = data.data.read("test.txt", data.data.read_class_names())
+    model = create("swin_nano", num_classes=8)
+    found = evaluate.evaluate(model, VideoDataset(videos, data.data), data.loop, CPU)
+    assert (len(found.labels), len(met)) == (8, 3)
+
+
+def test_processes_with_other_lists_are_refused(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(Group, "gather", lambda group, items: [items, (*items[:-1], "another")])
+    assert suite.run_evaluate(checkpoint) == 1
+    said = "the processes of the run do not have the same recipe, class names, test videos\n"
+    assert capsys.readouterr().err == said
+
+
 def test_a_place_that_cannot_be_written_is_told_before_the_test(checkpoint, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     assert suite.run_evaluate(checkpoint, "--output", str(tmp_path / "file" / "out")) == 1
@@ -254,8 +262,6 @@ def test_the_views_of_a_pass_are_the_recipes(checkpoint, monkeypatch, capsys):
 
 
 def test_neither_or_both_of_checkpoint_and_published_are_refused(capsys):
-    from train import evaluate
-
     for words in ([], ["--checkpoint", "x.pt", "--published", "swin_t_k400_1k"]):
         with pytest.raises(SystemExit):
             evaluate.main(words)

@@ -14,29 +14,13 @@ import pytest
 import torch
 import train_suite as suite
 from train_suite import prompt as prompt
+from train_suite import recipe as recipe
+from train_suite import videos as videos
+from train_suite import whole as whole
 
 from train import data
 from train.checkpoint import load_checkpoint, put
 from train.video import VideoError
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faults") / "videos"
-    suite.write_videos(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def recipe(videos):
-    return suite.tiny_recipe(videos)
-
-
-@pytest.fixture(scope="module")
-def whole(recipe, tmp_path_factory):
-    output = tmp_path_factory.mktemp("faults") / "whole"
-    assert suite.train(recipe, output) == 0
-    return output
 
 
 def assert_equal_ends(output, whole):

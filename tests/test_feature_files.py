@@ -6,15 +6,17 @@ import os
 import tracemalloc
 from contextlib import nullcontext
 from copy import deepcopy
-from functools import partial
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import numpy as np
 import predict_suite as predicting
 import pytest
-import train_suite as suite
-from predict_suite import feature_settings, only, run_features, stored
+from predict_suite import extract as extract
+from predict_suite import feature_settings, only, stored
+from predict_suite import one_thread as one_thread
+from predict_suite import twenty as twenty
+from predict_suite import videos as videos
 from safetensors import safe_open
 
 from train.extraction import read_clips
@@ -22,30 +24,6 @@ from train.feature_files import FeatureError, FeatureFile, FeatureSettings, clai
 from train.given import Given
 from train.partial import Partial
 from train.video import VideoError
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with suite.one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory) -> Path:
-    return predicting.write_videos(tmp_path_factory.mktemp("grey"))
-
-
-@pytest.fixture(scope="module")
-def twenty(videos) -> Path:
-    return videos / "b" / "twenty.mp4"
-
-
-@pytest.fixture(scope="module")
-def extract(tmp_path_factory):
-    """Runs the command into a folder; its status."""
-    return partial(
-        run_features, predicting.write_checkpoint(tmp_path_factory.mktemp("trained") / "last.pt")
-    )
 
 
 def stamps(folder: Path) -> dict[Path, int]:

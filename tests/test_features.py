@@ -2,7 +2,6 @@
 
 import json
 import os
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,11 @@ import predict_suite as predicting
 import pytest
 import torch
 import train_suite as suite
-from predict_suite import feature_settings, numbers_of, only, run_features, stored
+from predict_suite import extract as extract
+from predict_suite import feature_settings, numbers_of, only, stored
+from predict_suite import one_thread as one_thread
+from predict_suite import twenty as twenty
+from predict_suite import videos as videos
 from safetensors import safe_open
 
 from model.weights import to_official, to_torchvision
@@ -22,30 +25,6 @@ from train.video import open_video
 
 # The recipe's clips have 4 frames, every second one. Of 20 frames, the stride being 8:
 STARTS = [0, 8, 12]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with suite.one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory) -> Path:
-    return predicting.write_videos(tmp_path_factory.mktemp("grey"))
-
-
-@pytest.fixture(scope="module")
-def twenty(videos) -> Path:
-    return videos / "b" / "twenty.mp4"
-
-
-@pytest.fixture(scope="module")
-def extract(tmp_path_factory):
-    """Runs the command into a folder; its status."""
-    return partial(
-        run_features, predicting.write_checkpoint(tmp_path_factory.mktemp("trained") / "last.pt")
-    )
 
 
 def clip_of(path: Path, start: int, cut=lambda frames: [center_crop(frames, 16)]) -> torch.Tensor:

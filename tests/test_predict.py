@@ -12,6 +12,8 @@ import torch
 import train_suite as suite
 from PIL import Image
 from predict_suite import CLASSES, numbers_of
+from predict_suite import one_thread as one_thread
+from predict_suite import videos as videos
 
 from model.weights import save_weights, to_official, to_torchvision
 from model.weights.files import FORMAT
@@ -25,17 +27,6 @@ from train.recipes import RECIPES
 from train.trained import load_trained
 from train.transforms import center_crop, normalize, resize_short_side, three_crop
 from train.video import open_video
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with suite.one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory) -> Path:
-    return predicting.write_videos(tmp_path_factory.mktemp("grey"))
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +329,7 @@ def test_an_error_without_a_path_names_one(checkpoint, videos, tmp_path, monkeyp
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(predict, "write_atomically", full)
+    monkeypatch.setattr(predict, "write_text", full)
     path = tmp_path / "told.json"
     assert suite.run_predict(checkpoint, videos / "c.mkv", "--json", path) == 1
     assert capsys.readouterr().err == f"{path}: no space left on device\n"

@@ -11,32 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import train_suite as suite
+from train_suite import recipe as recipe
+from train_suite import videos as videos
+from train_suite import whole as whole
 
 from train.checkpoint import load_checkpoint
 from train.loop import Run
 from train.recipe import from_dict
 
 TIMES = ("clips_per_second", "data_wait")
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("train") / "videos"
-    suite.write_videos(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def recipe(videos):
-    return suite.tiny_recipe(videos)
-
-
-@pytest.fixture(scope="module")
-def whole(recipe, tmp_path_factory) -> Path:
-    """The folder of a run that nothing interrupted."""
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    assert suite.train(recipe, output) == 0
-    return output
 
 
 def assert_equal_ends(output: Path, whole: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import train_suite as suite
 from torch.nn import functional as F
+from train_suite import videos as videos
 
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.data import FRAME_ORDERS
@@ -15,13 +16,6 @@ from train.recipes import RECIPES
 from train.synthetic import CLASSES, OPPOSITE
 
 REASONS = ("the file is truncated", "not a video decord", "the file is empty", "no such file")
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("commands") / "videos"
-    suite.write_videos(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import train_suite as suite
+from train_suite import videos as videos
+from train_suite import whole as whole
 
 from train import loop, step
 from train.checkpoint import load_checkpoint
@@ -21,22 +23,8 @@ from train.recipe import ModelSettings, to_dict
 
 
 @pytest.fixture(scope="module")
-def videos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("refusals") / "videos"
-    suite.write_videos(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def recipe(videos):
     return suite.changed(suite.tiny_recipe(videos), loop={"epochs": 1})
-
-
-@pytest.fixture(scope="module")
-def whole(recipe, tmp_path_factory):
-    output = tmp_path_factory.mktemp("refusals") / "whole"
-    assert suite.train(recipe, output) == 0
-    return output
 
 
 def sentence(capsys):

@@ -158,6 +158,27 @@ runpy.run_module("train", run_name="__main__", alter_sys=True)
     )
 
 
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    """A data set of its own for each file of tests: some write more lists into it."""
+    folder = tmp_path_factory.mktemp("data") / "videos"
+    write_videos(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(videos) -> Recipe:
+    return tiny_recipe(videos)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory) -> Path:
+    """The folder of a run that nothing interrupted."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(recipe, output) == 0
+    return output
+
+
 @pytest.fixture
 def prompt(monkeypatch):
     """A dead data worker is found after a fifth of a second, in place of five."""

@@ -19,6 +19,7 @@ from train.data import FRAME_ORDERS, Broken, VideoDataset, broken_summary, build
 from train.lists import ListError
 from train.metrics import mean_class_accuracy, top_k_accuracy, video_scores
 from train.parallel import DisagreementError, Group, joined
+from train.partial import check_writable
 from train.precision import PRECISIONS, casting
 from train.prefetch import WorkerError, steady
 from train.recipe import (
@@ -30,7 +31,7 @@ from train.recipe import (
     to_dict,
 )
 from train.recipes import RECIPES
-from train.results import claim_folder, compare, write_results
+from train.results import compare, write_results
 from train.synthetic import CLASSES, OPPOSITE
 from train.trained import PUBLISHED, Trained, load_trained, names_of
 from train.transforms import normalize
@@ -252,7 +253,7 @@ def _evaluate(trained: Trained, recipe: Recipe, options: argparse.Namespace, gro
     group.agree("recipe, class names, test videos", to_dict(recipe), classes, videos.digest)
     if options.output and group.is_first:
         # Hours before there is something to write.
-        claim_folder(options.output)
+        check_writable(options.output)
     results = {}
     for order in FRAME_ORDERS if options.frame_orders else ["as filmed"]:
         dataset = VideoDataset(videos, data, frame_order=order)

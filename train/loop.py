@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from model import VideoSwin
-from model.weights.files import write_atomically
 from train.batches import EpochBatches, stream
 from train.checkpoint import newest_first
 from train.data import Batch, VideoDataset, build_loader, open_listed
@@ -24,6 +23,7 @@ from train.evaluate import Evaluation, evaluate
 from train.meter import Meter
 from train.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from train.parallel import Group, Parallel, spread
+from train.partial import write_text
 from train.prefetch import steady
 from train.recipe import (
     FREE_FIELDS,
@@ -199,7 +199,7 @@ class Run:
         """
         if self.group.is_first:
             recipe = json.dumps(to_dict(self.recipe), indent=2) + "\n"
-            write_atomically(self.output / "recipe.json", lambda file: file.write(recipe.encode()))
+            write_text(self.output / "recipe.json", recipe)
         loop = self.recipe.loop
         bar = tqdm(
             initial=self.step,

@@ -24,7 +24,7 @@ from train.evaluate import REFUSALS, add_trained_options, tested_recipe, view_lo
 from train.given import Given, check_names, given_videos
 from train.lists import read_class_names
 from train.metrics import video_scores
-from train.partial import check_writable
+from train.partial import check_writable, write_text
 from train.precision import PRECISIONS, casting
 from train.recipe import Recipe, add_machine_options, count
 from train.trained import Trained, load_trained, names_of
@@ -292,7 +292,7 @@ def _write_json(
     # The numbers of a video's frames are many.
     lines = ",\n".join(map(json.dumps, told))
     text = f'{json.dumps(asked)[:-1]}, "videos": [\n{lines}\n]}}\n'
-    write_atomically(options.json, lambda file: file.write(text.encode()))
+    write_text(options.json, text)
 
 
 if __name__ == "__main__":

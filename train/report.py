@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from model.weights.files import write_atomically
 from train.curves import draw_curves
+from train.partial import write_text
 
 
 class Report:
@@ -68,9 +68,8 @@ class Report:
         """Writes which videos could not be read so far, and why: a line each, if there are any."""
         if self.is_first and videos:
             lines = "".join(f"{path}\t{reason}\n" for path, reason in sorted(videos.items()))
-            text = lines.encode(errors="surrogateescape")
             with self._in_spite_of_the_disk():
-                write_atomically(self.path.with_name("broken.txt"), lambda file: file.write(text))
+                write_text(self.path.with_name("broken.txt"), lines)
 
     def draw(self) -> None:
         """Draws curves.png of all lines so far."""
@@ -105,7 +104,7 @@ class Report:
         last = {"train": step, "test": tested}
         told = [line for line in read_lines(self.path) if line["step"] <= last[line["kind"]]]
         kept = "".join(json.dumps(line) + "\n" for line in told)
-        write_atomically(self.path, lambda file: file.write(kept.encode()))
+        write_text(self.path, kept)
 
 
 def _append(path: Path, data: bytes) -> None:

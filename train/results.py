@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import errno
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.weights.files import write_atomically
+from train.partial import write_text
 from train.trained import Published
 
 if TYPE_CHECKING:
@@ -43,21 +42,10 @@ def write_results(
     """Writes evaluation.json, predictions.csv and confusion.png into `folder`; raises OSError."""
     broken = [{"video": video.path, "reason": video.reason} for video in result.broken]
     text = json.dumps({**notes, **result.numbers(), "unreadable": broken}, indent=2) + "\n"
-    _write(folder / "evaluation.json", text)
-    _write(folder / "predictions.csv", predictions(result, classes))
+    write_text(folder / "evaluation.json", text)
+    write_text(folder / "predictions.csv", predictions(result, classes))
     counts = confusion_matrix(result.scores.argmax(dim=1), result.labels, len(classes))
     draw_confusion(counts, classes, folder / "confusion.png")
-
-
-def claim_folder(folder: Path) -> None:
-    """Makes a folder if there is none, and sure that it can be written to; raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def predictions(result: Evaluation, classes: Sequence[str]) -> str:

@@ -128,8 +128,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _list(options: argparse.Namespace) -> int:
     from train.lists import ListError
+    from train.partial import write_text
     from train.prepare import layouts
-    from train.prepare.found import FRAME_NAME, survey, write_text
+    from train.prepare.found import FRAME_NAME, survey
 
     if not 0 < options.test_share < 1:
         raise ValueError(f"--test-share must be above 0 and below 1, got {options.test_share}")
@@ -191,7 +192,7 @@ def _reencode(options: argparse.Namespace) -> int:
 
 def _index(options: argparse.Namespace) -> int:
     from train.lists import read_class_names, read_list
-    from train.prepare.found import write_text
+    from train.partial import write_text
     from train.prepare.shards import build_index, write_lines
 
     names = options.root / "classes.txt"
@@ -216,8 +217,8 @@ def _index(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     from train.data import DataSettings
+    from train.partial import write_text
     from train.prepare.check import RECORD, check
-    from train.prepare.found import write_text
 
     lists = options.list or [n for n in ("train.txt", "test.txt") if Path(options.root, n).exists()]
     if not lists:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from model.weights.files import write_atomically
 from train.lists import ListError, find_videos
 
 FRAME_NAME = "img_{:05}.jpg"
@@ -63,11 +62,6 @@ def why_unlistable(name: str) -> str | None:
     except UnicodeEncodeError:
         return "its name is not UTF-8"
     return None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that is whole, or not there, whatever ends this process."""
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def shown(name: str) -> str:

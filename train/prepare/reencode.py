@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from model.weights.files import sync_folder
 from train.lists import find_videos
-from train.prepare.found import FRAME_NAME, survey, write_text
+from train.partial import write_text
+from train.prepare.found import FRAME_NAME, survey
 from train.prepare.upright import Origin, read_upright
 from train.prepare.workers import Died, each
 from train.video import VideoError, check_file
