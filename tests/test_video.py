@@ -3,6 +3,8 @@
 What all readers have in common is asked in test_readers.py.
 """
 
+import faulthandler
+import gc
 import io
 import multiprocessing
 import os
@@ -244,45 +246,73 @@ def test_wrong_indices_are_the_callers_fault(numbered, indices):
         open_video(numbered).read(indices)
 
 
-def mean_of_frame(path: str, queue) -> None:
-    queue.put(open_video(path).read([20]).float().mean().item())
+def mean_of_frame(path: str) -> float:
+    return open_video(path).read([20]).float().mean().item()
 
 
-def free_and_read(videos: list, path: str, queue) -> None:
+def free_and_read(videos: list, path: str) -> float:
     videos.clear()
-    mean_of_frame(path, queue)
+    gc.collect()
+    return mean_of_frame(path)
 
 
-def read_in_child(video: Video, queue) -> None:
+def read_in_child(video: Video) -> str:
     try:
         video.read([0])
     except VideoError as error:
-        queue.put(error.reason)
+        return error.reason
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def answer_of_fork(target, *arguments):
+    """Return what `target` returns in a fork of this process; fail, saying how it ended, if not."""
+    # Other tests' garbage, which may have threads, is freed here and not there.
+    gc.collect()
+    context = multiprocessing.get_context("fork")
+    near, far = context.Pipe(duplex=False)
+
+    def work():
+        faulthandler.dump_traceback_later(50, exit=True)
+        far.send(target(*arguments))
+
+    worker = context.Process(target=work, daemon=True)
+    worker.start()
+    far.close()
+    try:
+        assert near.poll(60), "no answer in a minute"
+        answer = near.recv()
+    except EOFError:
+        worker.join(timeout=30)
+        pytest.fail(f"{target.__name__} ended with {worker.exitcode} and no answer")
+    finally:
+        worker.join(timeout=30)
+        worker.kill()
+    assert worker.exitcode == 0
+    return answer
+
+
+fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@fork
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_forked_workers_read_what_they_open(numbered):
     video = open_video(numbered)
     video.read([0])  # decord and its threads are up before the fork
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    reads = {
-        mean_of_frame: (str(numbered),),
-        # Freeing a reader of the parent joins its thread, which the child does not have.
-        free_and_read: ([open_video(numbered)], str(numbered)),
-        read_in_child: (video,),
-    }
-    for target, arguments in reads.items():
-        worker = context.Process(target=target, args=(*arguments, queue), daemon=True)
-        worker.start()
-        try:
-            answer = queue.get(timeout=60)
-            worker.join(timeout=30)
-        finally:
-            worker.kill()
-        assert worker.exitcode == 0
-        if target is read_in_child:
-            assert "opened in another process" in answer
-        else:
-            assert answer == pytest.approx(100, abs=2)
+    assert answer_of_fork(mean_of_frame, numbered) == pytest.approx(100, abs=2)
+    assert "opened in another process" in answer_of_fork(read_in_child, video)
+
+
+@fork
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_forked_workers_do_not_wait_for_their_parents_decoders(numbered, tmp_path):
+    # Freeing a reader of the parent joins its threads, which the child does not have.
+    videos = [open_video(numbered)]
+    assert answer_of_fork(free_and_read, videos, numbered) == pytest.approx(100, abs=2)
+    # Frames of an avi with B-frames are counted: the file stays open.
+    pictures = [grey(5 * i) for i in range(FRAMES)]
+    path = write_video(tmp_path / "counted.avi", pictures, bf="3")
+    counted = open_video(path, "pyav", num_threads=4)
+    counted.read([0])
+    videos = [counted]
+    del counted
+    assert answer_of_fork(free_and_read, videos, numbered) == pytest.approx(100, abs=2)

@@ -37,6 +37,9 @@ from train.video import Video, VideoError
 # By FFmpeg's names, what stores the time at which a frame is shown for every frame.
 _TIMED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv", "mpegts"}
 
+# What another process opened, and this one must not free.
+_leaked = []
+
 
 class Packet(NamedTuple):
     """What is told of a packet without decoding it; times are in the stream's units or None."""
@@ -151,9 +154,16 @@ class Reader(Video):
                 search.opened.close()
 
     def __del__(self):
-        """Close a file that was kept open, in the process that opened it: it has the threads."""
-        if self._search is not None and self._process == os.getpid():
+        """Close a file that was kept open; a fork of the process that opened it leaks it instead.
+
+        Freeing a decoder joins its threads, which a fork does not have: it would wait for ever.
+        """
+        if self._search is None:
+            return
+        if self._process == os.getpid():
             self._search.opened.close()
+        else:
+            _leaked.append(self._search)
 
     def _fail(self, index: int, reason: str) -> None:
         """Raise VideoError for frame `index`."""
