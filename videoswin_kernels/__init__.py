@@ -4,6 +4,7 @@ Every operator takes `kernels=`, the word that says which implementation runs; `
 `python -m videoswin_kernels` tell what that is on this machine.
 """
 
+from videoswin_kernels.accelerate import accelerate
 from videoswin_kernels.geometry import WindowGeometry
 from videoswin_kernels.ops.attention import window_attention
 from videoswin_kernels.ops.cyclic_shift import cyclic_shift
@@ -15,6 +16,7 @@ from videoswin_kernels.selection import explain
 __version__ = "0.1.0"
 __all__ = [
     "WindowGeometry",
+    "accelerate",
     "cyclic_shift",
     "explain",
     "patch_merging",

@@ -313,13 +313,14 @@ def explain(
 
     Args:
         module_or_operator: an operator of this package (or its name), taken with kernels="auto",
-            at a head width that kernels take; or a module, whose submodules carry `operator` and
-            `kernels` attributes, as it would run now, training or not.
+            at a head width that kernels take; or a module, one of `model` or an accelerated one, as
+            it would run now, training or not.
         example: a tensor of the device and dtype in question; default: the module's first
             parameter, or float32 on the CPU.
 
     Returns:
-        A `Choice` for an operator; for a module a list of them, one for each (operator, word).
+        A `Choice` for an operator; for a module a list of them, one for each (operator, word), and
+        one with kernels "original" for each part of an accelerated one that keeps its own code.
 
     Raises:
         ValueError: an unknown operator, or a module without one.
@@ -342,16 +343,27 @@ def _place(example: Tensor | None) -> tuple:
 
 
 def _explain_module(module: nn.Module, example: Tensor | None) -> list[Choice]:
+    # Imported here, as it imports the operators, which import this file.
+    from videoswin_kernels.accelerate import uses_of
+
     place = _place(next(module.parameters(), None) if example is None else example)
     users = [m for m in module.modules() if hasattr(m, "operator")]
-    if not users:
+    uses = list(uses_of(module))
+    if not users and not uses:
         raise ValueError(f"explain: {type(module).__name__} holds no module that uses an operator")
     calls = {}
     for user in users:
         width = known_width(getattr(user, "head_width", HEAD_WIDTHS[0]))
         has_dropout = user.training and getattr(user, "attn_drop", 0) > 0
         calls[Call(user.operator, *place, width, has_dropout), user.kernels] = None
-    return list(dict.fromkeys(choose(*key) for key in calls))
+    kept = []
+    for path, word, use in uses:
+        if use.why_not is None:
+            calls[Call(use.operator, *place, use.head_width), word] = None
+        else:
+            who = ".".join(filter(None, [path, use.where])) or type(module).__name__
+            kept.append(Choice(use.operator, "original", f"{who} {use.why_not}", None))
+    return [*dict.fromkeys(choose(*key) for key in calls), *kept]
 
 
 def device_types() -> list[str]:

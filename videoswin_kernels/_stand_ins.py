@@ -1,0 +1,135 @@
+"""Small stand-ins of classes that are known by name, to be asked whether they mean what they say.
+
+A stand-in has a class's own methods and the plain attributes of one of its objects, but few
+channels, a small window, and plain submodules; no hook and no parameter of the object is touched.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from videoswin_kernels._structures import (
+    RATES,
+    Attention,
+    Block,
+    Block3D,
+    Merging,
+    Part,
+    known_class,
+    subclass,
+)
+from videoswin_kernels.geometry import WindowGeometry, relative_position_index, table_rows
+
+# The window, shift, heads and channels of a stand-in; grids that are shifted and padded, and that
+# clamp height and depth.
+_WINDOW, _SHIFT, _HEADS, _CHANNELS = (2, 3, 3), (1, 1, 1), 2, 8
+_GRIDS = ((3, 4, 5), (1, 2, 4))
+
+
+def depth_class(part: nn.Module) -> type | None:
+    """The class of the stochastic depth of a block."""
+    names = ("stochastic_depth", "drop_path")
+    return next((type(getattr(part, name)) for name in names if hasattr(part, name)), None)
+
+
+def check_answer(who: str, part: nn.Module, becomes: type[Part], base: type[nn.Module]) -> None:
+    """Raise ValueError, of `who`, unless a stand-in of `part` answers alike before and after."""
+    has_names = f"{who} has the names of the {base.__name__} that is known"
+    # Whatever the caller has set, and without a trace of it.
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
+        torch.manual_seed(0)
+        try:
+            stand_in = _stand_in(part, becomes, base).double()
+            for parameter in stand_in.parameters():
+                parameter.normal_()
+            for grid in _GRIDS:
+                inputs = [torch.randn(3, *grid, _CHANNELS, dtype=torch.float64)]
+                if becomes is Block3D:
+                    inputs.append(_mask(grid))
+                for is_training in (True, False):
+                    stand_in.train(is_training)
+                    stand_in.__class__ = base
+                    expected = _answer(stand_in, inputs)
+                    stand_in.__class__ = subclass(becomes, base, "reference")
+                    torch.testing.assert_close(_answer(stand_in, inputs), expected)
+        except AssertionError:
+            raise ValueError(
+                f"{has_names}, but computes something else; build it on the operators instead"
+            ) from None
+        except Exception as error:
+            raise ValueError(
+                f"{has_names}, but a small one cannot be asked, {type(error).__name__}: {error}; "
+                "build it on the operators instead"
+            ) from error
+
+
+def _answer(module: nn.Module, inputs: list[Tensor]) -> Tensor:
+    """The output for the same random draws."""
+    torch.manual_seed(1)
+    return module(*inputs)
+
+
+def _mask(grid: tuple[int, int, int]) -> Tensor:
+    """What upstream hands its blocks: [M, N, N], 0 or -100."""
+    geometry = WindowGeometry.build(grid, _WINDOW, _SHIFT)
+    region = torch.from_numpy(geometry.region.copy()).view(geometry.num_windows, -1)
+    return (region[:, :, None] != region[:, None, :]) * torch.tensor(-100.0, dtype=torch.float64)
+
+
+def _empty(module: nn.Module, base: type[nn.Module]) -> nn.Module:
+    """A `base` with the plain attributes of `module`, and no parameters, modules or hooks."""
+    made = base.__new__(base)
+    made.__dict__.update(module.__dict__)
+    nn.Module.__init__(made)
+    return made
+
+
+def _stand_in(part: nn.Module, becomes: type[Part], base: type[nn.Module]) -> nn.Module:
+    """A small module of a known class, whose submodules are plain ones."""
+    made = _empty(part, base)
+    if becomes is Merging:
+        made.norm = nn.LayerNorm(4 * _CHANNELS)
+        made.reduction = nn.Linear(4 * _CHANNELS, 2 * _CHANNELS, bias=False)
+        return made
+    if becomes in (Attention, Block3D):
+        made.window_size = type(part.window_size)(_WINDOW)
+        made.shift_size = type(part.shift_size)(_SHIFT)
+    if becomes is Attention:
+        made.attention_dropout = made.dropout = 0.0
+        return _fill_attention(made)
+    made.norm1, made.norm2 = nn.LayerNorm(_CHANNELS), nn.LayerNorm(_CHANNELS)
+    made.mlp = nn.Linear(_CHANNELS, _CHANNELS)
+    name = "stochastic_depth" if becomes is Block else "drop_path"
+    drop_path = getattr(part, name)
+    setattr(made, name, _empty(drop_path, type(drop_path)))
+    rate = RATES.get(type(drop_path).__name__)
+    if rate is not None:
+        setattr(getattr(made, name), rate, 0.5)
+    if becomes is Block:
+        made.attn = nn.Linear(_CHANNELS, _CHANNELS)
+        return made
+    for checkpointing in {"use_checkpoint", "with_cp"} & set(made.__dict__):
+        setattr(made, checkpointing, False)
+    attn = _empty(part.attn, known_class(part.attn, "WindowAttention3D") or type(part.attn))
+    attn.window_size, attn.scale = type(part.window_size)(_WINDOW), 0.3
+    attn.attn_drop, attn.proj_drop, attn.softmax = nn.Dropout(0), nn.Dropout(0), nn.Softmax(-1)
+    made.attn = _fill_attention(attn)
+    return made
+
+
+def _fill_attention(made: nn.Module) -> nn.Module:
+    """Give an attention its heads, Linears, table and index."""
+    made.num_heads = _HEADS
+    made.qkv = nn.Linear(_CHANNELS, 3 * _CHANNELS)
+    made.proj = nn.Linear(_CHANNELS, _CHANNELS)
+    rows = table_rows(_WINDOW)
+    made.relative_position_bias_table = nn.Parameter(torch.zeros(rows, _HEADS))
+    index = torch.from_numpy(relative_position_index(_WINDOW))
+    made.register_buffer("relative_position_index", index)
+    return made

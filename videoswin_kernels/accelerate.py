@@ -1,0 +1,191 @@
+"""`accelerate`: the models that people already have, on these kernels, in place.
+
+    from videoswin_kernels import accelerate
+    accelerate(model)
+
+What is found, by class name and structure, becomes what `_structures` makes of it. That a name and
+a structure mean what they do in the original is not taken on trust: a small stand-in of each class
+is asked on random numbers, and has to answer as ours does, before anything is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from videoswin_kernels._stand_ins import check_answer, depth_class
+from videoswin_kernels._structures import (
+    ATTENTION_NEEDS,
+    PARTS,
+    Attention,
+    Block3D,
+    Merging,
+    Part,
+    Use,
+    is_ours,
+    known_class,
+    subclass,
+)
+from videoswin_kernels.geometry import relative_position_index, table_rows
+from videoswin_kernels.selection import check_word
+
+
+class Found(NamedTuple):
+    """A module of a known class, `base`, and why it stays as it is, None if it need not."""
+
+    path: str
+    module: nn.Module
+    becomes: type[Part]
+    base: type[nn.Module]
+    why_not: str | None
+
+
+def accelerate(module: nn.Module, kernels: str = "fused") -> nn.Module:
+    """`module` itself, its 3-D Swin blocks running on the operators of this package.
+
+    Found are the parts of torchvision's `SwinTransformer3d` and those of the official repository
+    and of mmaction2 1.x, anywhere in `module`. Each gets a subclass of its class: parameters,
+    buffers, state dict, hooks, `isinstance` and class names stay, a deep copy is accelerated, and
+    what is pickled is the original, which comes back as such. A second call changes nothing, or the
+    word.
+
+    Modules that are called stay modules, so that hooks fire and replaced ones work. The residual of
+    a block and the norm behind it, and the merging and its norm, are one operator only where that
+    norm is an `nn.LayerNorm` and neither it nor the stochastic depth carries hooks; each forward
+    looks anew. With dropout of attention weights, a block's own attention trains. `explain(module)`
+    names what keeps its own code, and why.
+
+    Stochastic depth draws the same numbers as before. Dropout behind the projection of
+    torchvision's attention draws others: it no longer draws for padded places.
+
+    Args:
+        module: a model, or a part of one.
+        kernels: which implementation runs (`videoswin_kernels.selection`); "reference" gives every
+            part its original class back.
+
+    Returns:
+        `module`, the same object.
+
+    Raises:
+        TypeError: no nn.Module.
+        ValueError: an unknown `kernels`; nothing is found; TorchScript; a part that has the names
+            of a known class and computes something else, or that was wrapped after it was
+            accelerated. Nothing is changed then.
+        RuntimeError: at the first forward, if the kernels asked for cannot run.
+    """
+    where = "accelerate"
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{where}: module must be an nn.Module, got {type(module).__name__}")
+    check_word(where, kernels)
+    if any(isinstance(each, torch.jit.ScriptModule) for each in module.modules()):
+        raise ValueError(
+            f"{where}: module must not be TorchScript, got {type(module).__name__}; accelerate the "
+            "model that it was made of, and use torch.compile or torch.export"
+        )
+    found = list(_find(module))
+    usable = [each for each in found if each.why_not is None]
+    if not any(each.becomes in (Attention, Block3D) for each in usable):
+        raise ValueError(f"{where}: {_why_nothing(module, found)}")
+    if kernels != "reference":
+        kinds = {(each.base, depth_class(each.module)): each for each in usable}
+        for path, part, becomes, base, _ in kinds.values():
+            check_answer(f"{where}: {path or 'module'}", part, becomes, base)
+    changes = []
+    for each in usable:
+        now = type(each.module)
+        original = vars(now).get("original", now)
+        if not is_ours(now) and isinstance(each.module, Part):
+            if each.module.kernels == kernels:
+                continue
+            raise ValueError(
+                f"{where}: {each.path or 'module'} must be as it was accelerated, got it wrapped "
+                f"into {now.__name__} since; accelerate before wrapping, or undo that first"
+            )
+        becomes = original
+        if kernels != "reference":
+            becomes = subclass(each.becomes, original, kernels)
+        changes.append((each.module, becomes))
+    for part, becomes in changes:
+        part.__class__ = becomes
+    return module
+
+
+def uses_of(module: nn.Module) -> Iterator[tuple[str, str, Use]]:
+    """(path, word, use) of each operator in an accelerated module; none where nothing is."""
+    found = list(_find(module))
+    if not any(isinstance(each.module, Part) for each in found):
+        return
+    for each in found:
+        if isinstance(each.module, Part):
+            for use in each.module.uses():
+                yield each.path, each.module.kernels, use
+        else:
+            reason = each.why_not or "was not there when the rest was accelerated"
+            for operator in each.becomes.operators:
+                yield each.path, "original", Use(operator, why_not=reason)
+
+
+def _find(module: nn.Module) -> Iterator[Found]:
+    for path, part in module.named_modules():
+        for becomes in PARTS:
+            base = known_class(part, becomes.found_as)
+            if base is None:
+                continue
+            derived = type(part).__mro__[: type(part).__mro__.index(base)]
+            own = [part.__dict__, *(vars(each) for each in derived if not is_ours(each))]
+            changed = [name for name in becomes.methods if any(name in each for each in own)]
+            if changed:
+                yield Found(path, part, becomes, base, f"has a {changed[0]} of its own")
+            elif _has_structure(part, becomes):
+                yield Found(path, part, becomes, base, None)
+
+
+def _has_structure(part: nn.Module, becomes: type[Part]) -> bool:
+    """Whether a module of a known name has all that the class of that name has."""
+    if not all(hasattr(part, name) for name in becomes.needs):
+        return False
+    if becomes is Attention:
+        return _attends(part, part)
+    if becomes is Block3D:
+        return all(hasattr(part.attn, name) for name in ATTENTION_NEEDS) and _attends(
+            part, part.attn
+        )
+    # torchvision's 2-D Swin has blocks of the same class.
+    return becomes is Merging or known_class(part.attn, "ShiftedWindowAttention3d") is not None
+
+
+def _attends(part: nn.Module, attention: nn.Module) -> bool:
+    """Whether the window of `part` is that of the table and of the index of its attention."""
+    window, shift = (getattr(part, name, None) for name in ("window_size", "shift_size"))
+    for triple in (window, shift):
+        if not isinstance(triple, (list, tuple)) or len(triple) != 3:
+            return False
+        if not all(isinstance(extent, int) and extent >= 0 for extent in triple):
+            return False
+    table = getattr(attention, "relative_position_bias_table", None)
+    index = getattr(attention, "relative_position_index", None)
+    if not isinstance(table, Tensor) or not isinstance(index, Tensor) or 0 in window:
+        return False
+    if tuple(table.shape) != (table_rows(window), attention.num_heads):
+        return False
+    expected = torch.from_numpy(relative_position_index(tuple(window)))
+    return index.shape == expected.shape and (
+        index.is_meta or torch.equal(index.cpu().long(), expected)
+    )
+
+
+def _why_nothing(module: nn.Module, found: list[Found]) -> str:
+    """The end of the sentence that refuses a module without an attention that could be fused."""
+    name = type(module).__name__
+    wanted = "module must hold 3-D Swin blocks of torchvision, of upstream or of mmaction2 1.x"
+    if any(hasattr(each, "operator") and hasattr(each, "kernels") for each in module.modules()):
+        return f"{wanted}, got {name}, which takes kernels= itself, where it is made"
+    kept = [each for each in found if each.why_not is not None]
+    if kept:
+        return (
+            f"{wanted}, got {name}, whose {kept[0].path or kept[0].base.__name__} {kept[0].why_not}"
+        )
+    return f"{wanted}, got {name} without any"
