@@ -1,4 +1,4 @@
-"""Whole models with the same weights: ours with each kernel set, and torchvision's."""
+"""Whole models with the same weights: ours, torchvision's, and torchvision's accelerated."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from bench.harness import error
 from model import create
+from model.variants import VARIANTS
+from videoswin_kernels import accelerate
 from videoswin_kernels.selection import UnavailableError
 
-PROVIDERS = ("reference", "fused", "torchvision")
-THEIRS = {"swin_t": "swin3d_t", "swin_s": "swin3d_s", "swin_b": "swin3d_b"}
+PROVIDERS = ("reference", "fused", "torchvision", "accelerated")
 CLASSES = 400
 # What the models compute in: bfloat16 under autocast.
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -63,27 +64,31 @@ def build(name: str, provider: str, device: torch.device) -> nn.Module:
     """A classifier with fresh weights, the same from every provider, that drops nothing.
 
     Raises:
-        AbsentError: torchvision, or its port of this model, is not there.
+        AbsentError: torchvision is not there.
     """
     torch.manual_seed(0)
     dropping = {"drop_path_rate": 0.0, "dropout": 0.0}
     kernels = "fused" if provider == "fused" else "reference"
     ours = create(name, num_classes=CLASSES, kernels=kernels, **dropping)
-    if provider != "torchvision":
+    if provider not in ("torchvision", "accelerated"):
         return ours.to(device)
     from model.weights import to_torchvision
 
     try:
-        video = importlib.import_module("torchvision.models.video")
+        video = importlib.import_module("torchvision.models.video.swin_transformer")
     except ImportError:
         raise AbsentError("torchvision is not installed") from None
-    if name not in THEIRS:
-        raise AbsentError(f"torchvision has no {name}")
-    theirs = getattr(video, THEIRS[name])(num_classes=CLASSES)
+    # Its class, as its functions know three sizes alone.
+    sizes = {key: VARIANTS[name][key] for key in ("embed_dim", "depths", "num_heads")}
+    # It copies them, as only lists can be.
+    patch, window = (list(VARIANTS[name][key]) for key in ("patch_size", "window_size"))
+    theirs = video.SwinTransformer3d(patch, **sizes, window_size=window, num_classes=CLASSES)
     theirs.load_state_dict(to_torchvision(ours))
     for module in theirs.modules():
         if type(module).__name__ == "StochasticDepth":
             module.p = 0.0
+    if provider == "accelerated":
+        accelerate(theirs)
     return theirs.to(device)
 
 

@@ -1,6 +1,6 @@
 """bench/whole_model.py and bench/train_step.py on a CPU, and the judge of whole models."""
 
-import functools
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +11,8 @@ from bench import model_options, train_step, whole_model
 from bench.attention_options import parse, settings
 from bench.harness import Rows
 from bench.model_options import run
-from bench.model_providers import THEIRS, AbsentError, Judge, build, random_clips
-from videoswin_kernels import extension
+from bench.model_providers import AbsentError, Judge, build, random_clips
+from videoswin_kernels import explain, extension
 from videoswin_kernels.testing import PRODUCTION, Case
 
 CPU = torch.device("cpu")
@@ -31,19 +31,21 @@ def test_models_are_measured_and_what_cannot_run_says_why(script, tmp_path, caps
     floor, ms = rows["reference"]["floor_ms"], rows["reference"]["ms"]
     assert 0 < rows["reference"]["floor_percent"] == pytest.approx(100 * floor / ms)
     assert rows["reference"]["clips_per_s"] == pytest.approx(1e3 / rows["reference"]["ms"])
-    assert rows["torchvision"]["reason"] == "torchvision has no swin_nano"
+    assert rows["torchvision"]["error"] < 1e-4
     assert rows["reference"]["peak_mb"] > 0
     assert rows["reference"]["latency_ms"] == rows["reference"]["ms"]
     if extension.why_not("_ops_cpu") is None:
         assert rows["fused"]["clips_per_s"] > 0
         assert rows["fused"]["error"] < 1e-4
+        assert rows["accelerated"]["clips_per_s"] > 0
     else:
-        assert "clips_per_s" not in rows["fused"]
-        assert "kernels='fused' cannot run" in rows["fused"]["reason"]
+        for provider in ("fused", "accelerated"):
+            assert "clips_per_s" not in rows[provider]
+            assert "kernels='fused' cannot run" in rows[provider]["reason"]
     # Called again, it measures nothing.
     capsys.readouterr()
     assert script.main([*words, str(tmp_path / "rows.jsonl")]) == 0
-    assert len(rows_of(tmp_path / "rows.jsonl")) == 4
+    assert len(rows_of(tmp_path / "rows.jsonl")) == 5
     assert "reference" in capsys.readouterr().out
     # Another precision is another measurement.
     words += [str(tmp_path / "rows.jsonl"), "--precision", "bfloat16", "--providers", "reference"]
@@ -179,18 +181,25 @@ def test_a_compiled_step_is_judged_by_its_gradients(tmp_path):
         assert row["ms"] > 0
 
 
-def test_torchvisions_model_has_our_weights(monkeypatch):
-    video = pytest.importorskip("torchvision.models.video.swin_transformer")
-    sizes = {"patch_size": [2, 4, 4], "embed_dim": 64, "window_size": [4, 4, 4]}
-    nano = functools.partial(video.SwinTransformer3d, depths=[2, 2], num_heads=[2, 4], **sizes)
-    monkeypatch.setattr("torchvision.models.video.nano", nano, raising=False)
-    monkeypatch.setitem(THEIRS, "swin_nano", "nano")
+def test_torchvisions_model_has_our_weights():
+    pytest.importorskip("torchvision")
     clips = torch.randn(1, 3, 5, 30, 32)
-    ours, theirs = (build("swin_nano", who, CPU).eval() for who in ("reference", "torchvision"))
+    ours, theirs, fast = (
+        build("swin_nano", who, CPU).eval() for who in ("reference", "torchvision", "accelerated")
+    )
     with torch.no_grad():
         torch.testing.assert_close(theirs(clips), ours(clips))
-    with pytest.raises(AbsentError, match="torchvision has no swin_l"):
-        build("swin_l", "torchvision", CPU)
+    assert {choice.kernels for choice in explain(fast)} == {"cpu"}
+    assert [name for name, _ in fast.named_modules()] == [
+        name for name, _ in theirs.named_modules()
+    ]
+
+
+def test_without_torchvision_its_rows_say_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.models.video.swin_transformer", None)
+    for provider in ("torchvision", "accelerated"):
+        with pytest.raises(AbsentError, match="torchvision is not installed"):
+            build("swin_nano", provider, CPU)
 
 
 def test_minutes_end_a_bench_between_its_groups(tmp_path, capsys):
