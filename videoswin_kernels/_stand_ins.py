@@ -10,27 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from videoswin_kernels._structures import (
-    RATES,
     Attention,
     Block,
     Block3D,
     Merging,
     Part,
     known_class,
+    rate_of,
     subclass,
 )
 from videoswin_kernels.geometry import WindowGeometry, relative_position_index, table_rows
 
 # The window, shift, heads and channels of a stand-in; grids that are shifted and padded, and that
-# clamp height and depth.
+# clamp depth and width.
 _WINDOW, _SHIFT, _HEADS, _CHANNELS = (2, 3, 3), (1, 1, 1), 2, 8
-_GRIDS = ((3, 4, 5), (1, 2, 4))
+_GRIDS = ((3, 4, 5), (1, 5, 2))
 
 
-def depth_class(part: nn.Module) -> type | None:
-    """The class of the stochastic depth of a block."""
-    names = ("stochastic_depth", "drop_path")
-    return next((type(getattr(part, name)) for name in names if hasattr(part, name)), None)
+def classes_of(part: nn.Module) -> tuple[type, ...]:
+    """The classes of which `part` is made, as far as its own code relies on them."""
+    names = ("attn", "stochastic_depth", "drop_path")
+    return tuple(type(getattr(part, name)) for name in names if hasattr(part, name))
 
 
 def check_answer(who: str, part: nn.Module, becomes: type[Part], base: type[nn.Module]) -> None:
@@ -43,7 +43,8 @@ def check_answer(who: str, part: nn.Module, becomes: type[Part], base: type[nn.M
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
     ):
-        torch.manual_seed(0)
+        # torch.manual_seed would seed the generators of all devices.
+        torch.default_generator.manual_seed(0)
         try:
             stand_in = _stand_in(part, becomes, base).double()
             for parameter in stand_in.parameters():
@@ -63,15 +64,16 @@ def check_answer(who: str, part: nn.Module, becomes: type[Part], base: type[nn.M
                 f"{has_names}, but computes something else; build it on the operators instead"
             ) from None
         except Exception as error:
+            said = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
             raise ValueError(
-                f"{has_names}, but a small one cannot be asked, {type(error).__name__}: {error}; "
+                f"{has_names}, but a small one cannot be asked ({said}); "
                 "build it on the operators instead"
             ) from error
 
 
 def _answer(module: nn.Module, inputs: list[Tensor]) -> Tensor:
     """The output for the same random draws."""
-    torch.manual_seed(1)
+    torch.default_generator.manual_seed(1)
     return module(*inputs)
 
 
@@ -107,9 +109,11 @@ def _stand_in(part: nn.Module, becomes: type[Part], base: type[nn.Module]) -> nn
     made.mlp = nn.Linear(_CHANNELS, _CHANNELS)
     name = "stochastic_depth" if becomes is Block else "drop_path"
     drop_path = getattr(part, name)
-    setattr(made, name, _empty(drop_path, type(drop_path)))
-    rate = RATES.get(type(drop_path).__name__)
+    setattr(made, name, nn.Identity())
+    rate = rate_of(drop_path)
+    # Another one is called, whatever it does.
     if rate is not None:
+        setattr(made, name, _empty(drop_path, type(drop_path)))
         setattr(getattr(made, name), rate, 0.5)
     if becomes is Block:
         made.attn = nn.Linear(_CHANNELS, _CHANNELS)

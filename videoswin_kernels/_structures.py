@@ -72,18 +72,25 @@ def norm_obstacle(norm: nn.Module, channels: int | None = None) -> str | None:
     return obstacle(norm)
 
 
+def rate_of(drop_path: nn.Module) -> str | None:
+    """The attribute with the rate of a stochastic depth, None where its class is not known."""
+    name = RATES.get(type(drop_path).__name__, "")
+    return name if hasattr(drop_path, name) else None
+
+
 def depth_obstacle(drop_path: nn.Module) -> str | None:
     """Why a factor for each clip cannot stand for `drop_path`; None if it can."""
-    if not isinstance(drop_path, nn.Identity) and type(drop_path).__name__ not in RATES:
-        return f"is a {type(drop_path).__name__}, not StochasticDepth, DropPath or nn.Identity"
+    if type(drop_path) is not nn.Identity and rate_of(drop_path) is None:
+        name = type(drop_path).__name__
+        return f"is a {name}, and no StochasticDepth, DropPath or nn.Identity that is known"
     return obstacle(drop_path)
 
 
 def clip_factor(drop_path: nn.Module, branch: Tensor) -> Tensor | None:
     """The factor [B] that `drop_path` gives each clip of a branch; None where it is 1."""
-    if isinstance(drop_path, nn.Identity) or not drop_path.training:
+    if type(drop_path) is nn.Identity or not drop_path.training:
         return None
-    if getattr(drop_path, RATES[type(drop_path).__name__]) == 0:
+    if getattr(drop_path, rate_of(drop_path)) == 0:
         return None
     # It draws one number for each clip, whatever the extent behind the batch.
     return drop_path(branch.new_ones((branch.shape[0], 1, 1, 1, 1))).flatten()
@@ -196,7 +203,7 @@ class Part(nn.Module):
             return inherited(memo)
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        copied.__setstate__(copy.deepcopy(super().__reduce_ex__(4)[2], memo))
         return copied
 
 
@@ -276,8 +283,10 @@ class Block3D(Part):
         # Another class, a subclass perhaps, may attend otherwise.
         if type(attn).__name__ != "WindowAttention3D":
             return f"is a {type(attn).__name__}, not WindowAttention3D", "attn"
-        if not isinstance(attn.attn_drop, (nn.Dropout, nn.Identity)):
+        if type(attn.attn_drop) not in (nn.Dropout, nn.Identity):
             return f"is a {type(attn.attn_drop).__name__}, not nn.Dropout", "attn.attn_drop"
+        if type(attn.softmax) is not nn.Softmax or attn.softmax.dim not in (-1, 3):
+            return f"is {attn.softmax}, not nn.Softmax(dim=-1)", "attn.softmax"
         if attn.attn_drop.training and getattr(attn.attn_drop, "p", 0) > 0:
             return "drops attention weights in training", "attn"
         bypassed = {"attn": attn, "attn.softmax": attn.softmax, "attn.attn_drop": attn.attn_drop}

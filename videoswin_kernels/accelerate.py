@@ -11,18 +11,18 @@ is asked on random numbers, and has to answer as ours does, before anything is c
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from videoswin_kernels._stand_ins import check_answer, depth_class
+from videoswin_kernels._stand_ins import check_answer, classes_of
 from videoswin_kernels._structures import (
     ATTENTION_NEEDS,
     PARTS,
     Attention,
+    Block,
     Block3D,
-    Merging,
     Part,
     Use,
     is_ours,
@@ -31,6 +31,8 @@ from videoswin_kernels._structures import (
 )
 from videoswin_kernels.geometry import relative_position_index, table_rows
 from videoswin_kernels.selection import check_word
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Found(NamedTuple):
@@ -43,7 +45,7 @@ class Found(NamedTuple):
     why_not: str | None
 
 
-def accelerate(module: nn.Module, kernels: str = "fused") -> nn.Module:
+def accelerate(module: M, kernels: str = "fused") -> M:
     """`module` itself, its 3-D Swin blocks running on the operators of this package.
 
     Found are the parts of torchvision's `SwinTransformer3d` and those of the official repository
@@ -90,7 +92,7 @@ def accelerate(module: nn.Module, kernels: str = "fused") -> nn.Module:
     if not any(each.becomes in (Attention, Block3D) for each in usable):
         raise ValueError(f"{where}: {_why_nothing(module, found)}")
     if kernels != "reference":
-        kinds = {(each.base, depth_class(each.module)): each for each in usable}
+        kinds = {(each.base, classes_of(each.module)): each for each in usable}
         for path, part, becomes, base, _ in kinds.values():
             check_answer(f"{where}: {path or 'module'}", part, becomes, base)
     changes = []
@@ -139,42 +141,43 @@ def _find(module: nn.Module) -> Iterator[Found]:
             changed = [name for name in becomes.methods if any(name in each for each in own)]
             if changed:
                 yield Found(path, part, becomes, base, f"has a {changed[0]} of its own")
-            elif _has_structure(part, becomes):
-                yield Found(path, part, becomes, base, None)
+            else:
+                yield Found(path, part, becomes, base, _other_structure(part, becomes))
 
 
-def _has_structure(part: nn.Module, becomes: type[Part]) -> bool:
-    """Whether a module of a known name has all that the class of that name has."""
-    if not all(hasattr(part, name) for name in becomes.needs):
-        return False
-    if becomes is Attention:
-        return _attends(part, part)
-    if becomes is Block3D:
-        return all(hasattr(part.attn, name) for name in ATTENTION_NEEDS) and _attends(
-            part, part.attn
-        )
+def _other_structure(part: nn.Module, becomes: type[Part]) -> str | None:
+    """What a module of a known name has otherwise than the class of that name, if anything."""
+    lacking = [name for name in becomes.needs if not hasattr(part, name)]
+    if not lacking and becomes is Block3D:
+        lacking = [f"attn.{name}" for name in ATTENTION_NEEDS if not hasattr(part.attn, name)]
+    if lacking:
+        return f"has no {lacking[0]}"
     # torchvision's 2-D Swin has blocks of the same class.
-    return becomes is Merging or known_class(part.attn, "ShiftedWindowAttention3d") is not None
+    if becomes is Block and known_class(part.attn, Attention.found_as) is None:
+        return f"has no {Attention.found_as}"
+    if becomes is Attention:
+        return _other_window(part, part)
+    return _other_window(part, part.attn) if becomes is Block3D else None
 
 
-def _attends(part: nn.Module, attention: nn.Module) -> bool:
-    """Whether the window of `part` is that of the table and of the index of its attention."""
+def _other_window(part: nn.Module, attention: nn.Module) -> str | None:
+    """How the window of `part` is not that of the table and the index of its attention, if so."""
     window, shift = (getattr(part, name, None) for name in ("window_size", "shift_size"))
-    for triple in (window, shift):
-        if not isinstance(triple, (list, tuple)) or len(triple) != 3:
-            return False
-        if not all(isinstance(extent, int) and extent >= 0 for extent in triple):
-            return False
+    for name, triple, least in (("window_size", window, 1), ("shift_size", shift, 0)):
+        is_triple = isinstance(triple, (list, tuple)) and len(triple) == 3
+        if not is_triple or not all(isinstance(each, int) and each >= least for each in triple):
+            return f"has no {name} of three integers"
     table = getattr(attention, "relative_position_bias_table", None)
     index = getattr(attention, "relative_position_index", None)
-    if not isinstance(table, Tensor) or not isinstance(index, Tensor) or 0 in window:
-        return False
-    if tuple(table.shape) != (table_rows(window), attention.num_heads):
-        return False
+    shape = (table_rows(window), attention.num_heads)
+    if not isinstance(table, Tensor) or tuple(table.shape) != shape:
+        return f"has no relative_position_bias_table {list(shape)}"
     expected = torch.from_numpy(relative_position_index(tuple(window)))
-    return index.shape == expected.shape and (
-        index.is_meta or torch.equal(index.cpu().long(), expected)
-    )
+    if not isinstance(index, Tensor) or index.shape != expected.shape:
+        return f"has no relative_position_index {list(expected.shape)}"
+    if not index.is_meta and not torch.equal(index.cpu().long(), expected):
+        return "has a relative_position_index of another order"
+    return None
 
 
 def _why_nothing(module: nn.Module, found: list[Found]) -> str:
