@@ -25,7 +25,7 @@ from model.weights.load import load_weights
 from model.weights.windows import check_window, name_window
 from videoswin_kernels import patch_merging, residual_norm, window_attention
 from videoswin_kernels.geometry import Triple, check_triple, table_rows
-from videoswin_kernels.selection import check_word
+from videoswin_kernels.selection import check_word, refuse_script
 
 
 class PatchEmbed3D(nn.Module):
@@ -56,6 +56,7 @@ class WindowAttention3D(nn.Module):
     """
 
     operator = "window_attention"
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -135,6 +136,7 @@ class SwinTransformerBlock3D(nn.Module):
     """Pre-norm block: attention in shifted windows, then the MLP, each on a residual branch."""
 
     operator = "residual_norm"
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -182,6 +184,7 @@ class PatchMerging(nn.Module):
     """Half the height and width, twice the channels: [B, D, H, W, C] to [B, D, H/2, W/2, 2C]."""
 
     operator = "patch_merging"
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self, dim: int, norm_layer: Callable[[int], nn.LayerNorm], kernels: str = "auto"

@@ -1,12 +1,16 @@
-"""`python -m videoswin_kernels`: what each word of `kernels=` runs on this machine, or why not."""
+"""`python -m videoswin_kernels`: what each word of `kernels=` runs on this machine, or why not.
+
+With `--support`, the page of what is supported, which is the same on every machine.
+"""
 
 from __future__ import annotations
 
+import argparse
 import platform
 
 import torch
 
-from videoswin_kernels import __version__, extension
+from videoswin_kernels import __version__, extension, support
 from videoswin_kernels.selection import (
     OPERATORS,
     TABLE,
@@ -19,6 +23,15 @@ from videoswin_kernels.selection import (
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m videoswin_kernels",
+        description="What each word of kernels= runs on this machine, or why not.",
+    )
+    about = "print docs/support.md instead: what is supported, and what has been proven of it"
+    parser.add_argument("--support", action="store_true", help=about)
+    if parser.parse_args().support:
+        print(support.page(), end="")
+        return
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     print(f"videoswin_kernels {__version__}, {versions}")
     refusals: dict[str, str] = {}

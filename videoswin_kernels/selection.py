@@ -11,10 +11,11 @@ whether it can run, by the first call that could choose it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,11 @@ NOT_EMULATED = (
 )
 WRONG_IF_INTERPRETED = "Triton's interpreter computes bfloat16 wrongly, without saying so"
 CURE = "use kernels='reference' or kernels='auto'"
+TRACED = (
+    "torch.jit.trace would keep the sizes of one call for all others; use torch.export.export, "
+    "or for ONNX torch.onnx.export(dynamo=True)"
+)
+SCRIPTED = "torch.jit.script cannot compile it; use torch.compile or torch.export.export"
 
 
 class Call(NamedTuple):
@@ -88,6 +94,7 @@ class Call(NamedTuple):
         has_dropout: whether attention weights are dropped.
         is_too_wide: whether rows to be normalised are (`is_too_wide`).
         is_transformed: whether a tensor has a tangent or stands in a transform of `torch.func`.
+        is_for_onnx: whether `torch.onnx.export` makes the call.
     """
 
     operator: str
@@ -98,6 +105,7 @@ class Call(NamedTuple):
     has_dropout: bool = False
     is_too_wide: bool = False
     is_transformed: bool = False
+    is_for_onnx: bool = False
 
 
 def check_word(where: str, kernels: object) -> str:
@@ -135,6 +143,8 @@ def reason_against(kernels: str, call: Call) -> str | None:
             "its kernels have no forward-mode derivatives and no transforms of torch.func, "
             "got a tensor with a tangent or within a transform"
         )
+    if call.is_for_onnx:
+        return "ONNX has no operators of its kernels, got a call by torch.onnx.export"
     if kernels == "cpu":
         return _against_cpu(call)
     return _against_arithmetic(call) or {"triton": _against_triton, "cuda": _against_cuda}[kernels](
@@ -276,13 +286,30 @@ _decided: dict[tuple[Call, str], tuple[str | None, str]] = {}
 @torch.compiler.assume_constant_result
 def _decide(kernels: str, *call: Any) -> tuple[str | None, str]:
     """(the kernel set, "") or (None, why not): once for each kind of call, also when traced."""
-    key = (Call(*call), kernels)
+    # Whatever the word: Python asks of sizes once. They are tensors here, which are no keys.
+    if torch.jit.is_tracing():
+        return None, f"{call[0]}: {TRACED}"
+    key = (Call(*call, _is_for_onnx()), kernels)
     if key not in _decided:
         try:
             _decided[key] = (choose(*key).kernels, "")
         except UnavailableError as error:
             _decided[key] = (None, str(error))
     return _decided[key]
+
+
+def _is_for_onnx() -> bool:
+    # Who calls torch.onnx.export has imported it, and no other caller shall have to.
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and torch.compiler.is_compiling() and onnx.is_in_onnx_export()
+
+
+def refuse_script(who: nn.Module | Callable[..., Any]) -> NoReturn:
+    """Refuses `torch.jit.script`, which calls what stands as `__prepare_scriptable__` first.
+
+    Raises UnavailableError naming the function, or the class of the module.
+    """
+    raise UnavailableError(f"{getattr(who, '__name__', type(who).__name__)}: {SCRIPTED}")
 
 
 def resolve(
@@ -306,8 +333,18 @@ def resolve(
     return chosen
 
 
+@overload
+def explain(module_or_operator: nn.Module, example: Tensor | None = None) -> list[Choice]: ...
+
+
+@overload
 def explain(
-    module_or_operator: nn.Module | Callable | str, example: Tensor | None = None
+    module_or_operator: Callable[..., Any] | str, example: Tensor | None = None
+) -> Choice: ...
+
+
+def explain(
+    module_or_operator: nn.Module | Callable[..., Any] | str, example: Tensor | None = None
 ) -> Choice | list[Choice]:
     """What would run, and why.
 

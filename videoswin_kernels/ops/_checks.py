@@ -1,9 +1,12 @@
-"""What every contract checks alike: token grids, vectors over channels, autocast, transforms."""
+"""What every contract checks alike: grids, vectors, autocast, transforms, TorchScript."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import inf
 from numbers import Real
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,11 +14,20 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from videoswin_kernels.geometry import Triple
+from videoswin_kernels.selection import refuse_script
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Asked once: torch 2.10 cannot trace the question. A meta tensor, for one, is on none of these.
 AUTOCAST_DEVICES = frozenset(
     device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)
 )
+
+
+def no_script(operator: Function) -> Function:
+    """`operator` itself, which `torch.jit.script` then refuses in one sentence of ours."""
+    operator.__prepare_scriptable__ = partial(refuse_script, operator)
+    return operator
 
 
 def check_tensor(where: str, name: str, value: object) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from videoswin_kernels import reference
-from videoswin_kernels.geometry import Triple, check_window, clamp_window, table_rows
+from videoswin_kernels.geometry import check_window, clamp_window, table_rows
 from videoswin_kernels.ops._checks import (
     autocast_dtype,
     check_device,
@@ -21,6 +21,7 @@ from videoswin_kernels.ops._checks import (
     check_tensor,
     check_vector,
     is_transformed,
+    no_script,
     without_autocast,
 )
 from videoswin_kernels.ops._declare import NAMESPACES, Operator, declare
@@ -28,12 +29,13 @@ from videoswin_kernels.ops._vectors import attention_vectors
 from videoswin_kernels.selection import known_width, resolve
 
 
+@no_script
 def window_attention(
     qkv: Tensor,
     bias_table: Tensor,
     *,
-    window: Triple,
-    shift: Triple = (0, 0, 0),
+    window: Sequence[int],
+    shift: Sequence[int] = (0, 0, 0),
     num_heads: int,
     pad_qkv: Tensor | None = None,
     scale: float | None = None,

@@ -8,14 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from videoswin_kernels import reference
-from videoswin_kernels.geometry import Triple, check_triple
-from videoswin_kernels.ops._checks import check_grid, is_transformed
+from videoswin_kernels.geometry import check_triple
+from videoswin_kernels.ops._checks import check_grid, is_transformed, no_script
 from videoswin_kernels.ops._declare import NAMESPACES, Operator, declare
 from videoswin_kernels.ops._vectors import shift_vector
 from videoswin_kernels.selection import resolve
 
 
-def cyclic_shift(x: Tensor, shift: Triple, *, kernels: str = "auto") -> Tensor:
+@no_script
+def cyclic_shift(x: Tensor, shift: Sequence[int], *, kernels: str = "auto") -> Tensor:
     """`x` rolled along depth, height and width.
 
     Equivalent to:

@@ -16,6 +16,7 @@ from videoswin_kernels.ops._checks import (
     check_number,
     check_vector,
     is_transformed,
+    no_script,
     without_autocast,
 )
 from videoswin_kernels.ops._declare import NAMESPACES, Operator, declare
@@ -23,6 +24,7 @@ from videoswin_kernels.ops._vectors import merge_vector
 from videoswin_kernels.selection import is_too_wide, resolve
 
 
+@no_script
 def patch_merging(
     x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, kernels: str = "auto"
 ) -> Tensor:

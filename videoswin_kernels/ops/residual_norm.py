@@ -18,12 +18,14 @@ from videoswin_kernels.ops._checks import (
     check_tensor,
     check_vector,
     is_transformed,
+    no_script,
     without_autocast,
 )
 from videoswin_kernels.ops._declare import NAMESPACES, Operator, declare
 from videoswin_kernels.selection import is_too_wide, resolve
 
 
+@no_script
 def residual_norm(
     x: Tensor,
     branch: Tensor,

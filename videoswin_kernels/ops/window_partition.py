@@ -9,15 +9,20 @@ from typing import Any
 from torch import Tensor
 
 from videoswin_kernels import reference
-from videoswin_kernels.geometry import Triple, check_triple, check_window, clamp_window
-from videoswin_kernels.ops._checks import check_grid, check_tensor, is_transformed
+from videoswin_kernels.geometry import check_triple, check_window, clamp_window
+from videoswin_kernels.ops._checks import check_grid, check_tensor, is_transformed, no_script
 from videoswin_kernels.ops._declare import NAMESPACES, Operator, declare
 from videoswin_kernels.ops._vectors import window_vectors
 from videoswin_kernels.selection import resolve
 
 
+@no_script
 def window_partition(
-    x: Tensor, *, window: Triple, shift: Triple = (0, 0, 0), kernels: str = "auto"
+    x: Tensor,
+    *,
+    window: Sequence[int],
+    shift: Sequence[int] = (0, 0, 0),
+    kernels: str = "auto",
 ) -> Tensor:
     """The windows of a token grid: padded with zeros, rolled by -shift, cut.
 
@@ -47,12 +52,13 @@ def window_partition(
     return NAMESPACES[chosen].window_partition(x, window, shift)
 
 
+@no_script
 def window_reverse(
     windows: Tensor,
     *,
-    grid: Triple,
-    window: Triple,
-    shift: Triple = (0, 0, 0),
+    grid: Sequence[int],
+    window: Sequence[int],
+    shift: Sequence[int] = (0, 0, 0),
     kernels: str = "auto",
 ) -> Tensor:
     """The token grid that `window_partition` cut into `windows`; what stood in padding is dropped.
