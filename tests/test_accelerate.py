@@ -325,14 +325,14 @@ def test_words_for_processors_run_their_kernels(kernels):
 
 
 @suite.every("window_attention", compiled=True)
-def test_a_block_by_every_kernel_set(run):
+def test_a_block_and_a_merging_by_every_kernel_set(run):
     """Head widths of 16: what kernels for GPUs take."""
-    suite.skip_absent("residual_norm", run)
+    for operator in ("residual_norm", "patch_merging"):
+        suite.skip_absent(operator, run)
     torch.manual_seed(0)
-    original = SwinTransformerBlock(
-        32, 2, [2, 3, 3], [1, 1, 1], attn_layer=ShiftedWindowAttention3d
-    ).eval()
-    fast = accelerated(randomize(original), run.kernels).to(run.device)
+    parts = [SwinTransformerBlock(32, 2, [2, 3, 3], [1, 1, 1], attn_layer=ShiftedWindowAttention3d)]
+    original = randomize(nn.Sequential(*parts, PatchMerging(32))).eval()
+    fast = accelerated(original, run.kernels).to(run.device)
     x = tokens(1, 3, 4, 5, 32, dtype=torch.float32)
     with torch.no_grad():
         got = fast(x.to(run.device)).cpu()
@@ -340,6 +340,7 @@ def test_a_block_by_every_kernel_set(run):
     assert calls(fast, x.to(run.device), kernels=run.kernels) == {
         "window_attention": 1,
         "residual_norm": 1,
+        "patch_merging": 1,
     }
 
 

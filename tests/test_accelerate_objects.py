@@ -128,7 +128,10 @@ def test_a_deep_copy_is_accelerated_and_its_own():
     accelerate(twin, "reference")
     assert calls(model, X) == FUSED
     assert type(twin.features[1]) is PatchMerging
+    # What appears twice, within itself too, is copied once.
+    model.features[0][1].owners = [model.features[0][1]]
     part = copy.deepcopy(model.features[0][1])
+    assert part.owners[0] is part
     assert calls(part, tokens(1, 3, 5, 4, 24, dtype=torch.float32)).total() == 2
 
 

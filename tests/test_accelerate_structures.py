@@ -334,6 +334,22 @@ def test_exchanged_modules_within_attention_count(family, name, other, when):
 
 
 @FAMILIES
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_another_attention_counts(family, when):
+    class Flipped(family.WindowAttention3D):
+        def forward(self, x, mask=None):
+            return super().forward(x.flip(1), mask)
+
+    original, mask = block(family)
+    fast = accelerated(original, "fused" if when == "after" else "reference")
+    original.attn.__class__ = fast.attn.__class__ = Flipped
+    # Of a word that it has, a block is asked nothing new.
+    fast = accelerate(nn.ModuleList([fast, block(family)[0]]))[0] if when == "before" else fast
+    assert_same(outcome(fast, GRID, mask), outcome(original, GRID, mask), 1e-11)
+    assert calls(fast, GRID, mask) == {"residual_norm": 1}
+
+
+@FAMILIES
 def test_hooks_on_the_linears_fire_once_and_once_more_for_padded_places(family):
     fast, mask = block(family)
     log = event_log(accelerate(fast), ["attn.qkv", "attn.proj", "attn.proj_drop"], ["forward"])
@@ -357,6 +373,18 @@ def test_dropout_of_attention_weights_keeps_the_original_path(family, rate):
     reasons = [each.reason for each in explain(fast.train()) if each.kernels == "original"]
     assert len(reasons) == (rate > 0)
     assert all("attn" in reason for reason in reasons)
+
+
+@FAMILIES
+@pytest.mark.parametrize("drops", [False, True])
+def test_what_drops_attention_weights_is_the_dropout_s_own_mode(family, drops):
+    original, mask = block(family, attn_drop=0.4)
+    fast = accelerated(original)
+    for each in (original, fast):
+        each.train(not drops)
+        each.attn.attn_drop.train(drops)
+    assert_same(outcome(fast, GRID, mask), outcome(original, GRID, mask), 1e-11)
+    assert calls(fast, GRID, mask)["window_attention"] == (not drops)
 
 
 def test_dropout_of_the_projection_is_in_training_alone():

@@ -286,7 +286,7 @@ def test_a_wheel_holds_the_package_and_its_kernels_alone(thin, tmp_path):
     assert re.fullmatch(r"videoswin_kernels-[\w.]+-py3-none-linux_\w+\.whl", wheel.name)
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     python = {path.relative_to(thin).as_posix() for path in (thin / PACKAGE).rglob("*.py")}
-    assert names == {*python, f"{PACKAGE}/_ops.so"}
+    assert names == {*python, f"{PACKAGE}/py.typed", f"{PACKAGE}/_ops.so"}
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     ask = "from videoswin_kernels import extension; print(extension.why_not('_ops'))"
     said = run(tmp_path / "installed", sys.executable, "-c", ask).stdout

@@ -11,6 +11,7 @@ Sources: Video Swin Transformer (Liu et al., CVPR 2022), section 3.2; upstream
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -153,7 +154,11 @@ class WindowGeometry:
 
     @classmethod
     def build(
-        cls, grid: Triple, window: Triple, shift: Triple, order: str = "dhw"
+        cls,
+        grid: Sequence[int],
+        window: Sequence[int],
+        shift: Sequence[int],
+        order: str = "dhw",
     ) -> WindowGeometry:
         """The geometry of a token grid under a configured window and shift, clamped as upstream.
 
