@@ -82,7 +82,14 @@ def mask_of(grid, window, shift):
     return torch.where(regions[:, :, None] == regions[:, None, :], 0.0, -100.0)
 
 
-def family(name="official", *, width="dim", checkpointing="use_checkpoint", drop_path=TimmDropPath):
+def family(
+    name="official",
+    *,
+    width="dim",
+    checkpointing="use_checkpoint",
+    drop_path=TimmDropPath,
+    use_reentrant=False,
+):
     """The classes of one project, under the names that it gives them.
 
     Args:
@@ -90,6 +97,7 @@ def family(name="official", *, width="dim", checkpointing="use_checkpoint", drop
         width: the attribute for the number of channels.
         checkpointing: the attribute that says whether a block keeps its activations.
         drop_path: the class of stochastic depth.
+        use_reentrant: which kind of checkpointing; both projects take what torch takes by default.
     """
 
     class WindowAttention3D(nn.Module):
@@ -183,9 +191,9 @@ def family(name="official", *, width="dim", checkpointing="use_checkpoint", drop
 
         def forward(self, x, mask_matrix):
             if getattr(self, checkpointing):
-                branch = checkpoint(self.forward_part1, x, mask_matrix, use_reentrant=False)
-                x = x + self.drop_path(branch)
-                return x + checkpoint(self.forward_part2, x, use_reentrant=False)
+                reentrant = {"use_reentrant": use_reentrant}
+                x = x + self.drop_path(checkpoint(self.forward_part1, x, mask_matrix, **reentrant))
+                return x + checkpoint(self.forward_part2, x, **reentrant)
             x = x + self.drop_path(self.forward_part1(x, mask_matrix))
             return x + self.forward_part2(x)
 

@@ -135,6 +135,25 @@ def test_a_deep_copy_is_accelerated_and_its_own():
     assert calls(part, tokens(1, 3, 5, 4, 24, dtype=torch.float32)).total() == 2
 
 
+class Copied(SwinTransformerBlock):
+    """It copies itself."""
+
+    def __deepcopy__(self, memo):
+        made = type(self).__new__(type(self))
+        made.__dict__ = copy.deepcopy(
+            {**self.__dict__, "copies": self.__dict__.get("copies", 0) + 1}
+        )
+        return made
+
+
+def test_a_class_that_copies_itself_goes_on_to():
+    model = small()
+    model.features[0][1].__class__ = Copied
+    twin = copy.deepcopy(copy.deepcopy(accelerate(model)))
+    assert twin.features[0][1].copies == 2
+    assert calls(twin, X) == FUSED
+
+
 class Locked(SwinTransformerBlock):
     """What cannot be copied it leaves out of its state, and makes anew."""
 
@@ -232,6 +251,20 @@ def test_any_gradient_mode_will_do(mode):
     assert_same(outcome(model, x), outcome(original, x), 1e-11)
 
 
+def test_any_default_will_do():
+    model = small()
+    with torch.device("meta"):
+        accelerate(model)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        accelerate(model, "cpu")
+    finally:
+        torch.set_default_dtype(before)
+    assert calls(model, X) == FUSED
+
+
 def test_autocast_and_other_dtypes_will_do():
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         original = small().to(dtype)
@@ -325,6 +358,13 @@ def test_explain_says_what_runs():
     assert all(each.reason == "asked for by name" for each in explain(model))
     with pytest.raises(ValueError, match="holds no module"):
         explain(accelerate(model, "reference"))
+
+
+@pytest.mark.parametrize("kernels", ["cuda", "triton"])
+def test_explain_knows_the_width_of_heads(kernels):
+    """The operators that come before it have none."""
+    with pytest.raises(selection.UnavailableError, match=r"a head width of 16, 32, 64 .* got 12;"):
+        explain(accelerate(small(), kernels).features[0][0].attn)
 
 
 def own_code(model):

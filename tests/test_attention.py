@@ -221,10 +221,11 @@ def test_more_than_65535_windows_interpreted(run):
     assert torch.equal(result, qkv[..., 32:])
 
 
+@pytest.mark.slow
 @EVERY
 def test_more_than_65535_windows_of_one_token(run):
     if run.is_interpreted:
-        pytest.skip("65,792 programs take minutes in Triton's interpreter: a slow test")
+        pytest.skip("65,792 programs take minutes in Triton's interpreter")
     qkv = suite.random(1, 1, 257, 256, 48, dtype=torch.float32, grad=True)
     table = torch.ones(1, 1, requires_grad=True)
     result = run(window_attention, qkv, table, window=(1, 1, 1), num_heads=1)

@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 ROOT = Path(__file__).parents[1]
 # Beside the others they find little, and take longest.
-SLOW_ROWS = ("export_strict", "copies")
+SLOW_ROWS = ("dynamic", "inductor", "export_strict", "copies")
 RUNS = [run for run in suite.runs("window_attention") if run.kernels != "reference"]
 # What happens before a kernel is launched is the same code for every kernel set: where the one for
 # processors runs, the interpreted and the emulated one are for the hour of `make verify`.

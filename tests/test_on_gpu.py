@@ -118,6 +118,7 @@ def test_help_names_every_stage():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there, smoke itself runs on the GPU")
+@pytest.mark.slow
 def test_smoke_on_a_cpu_leaves_rows_a_report_and_packed_logs(tmp_path):
     output = tmp_path / "out"
     words = ["--device", "cpu", "--operators", "patch_merging", "--dtypes", "float16", "bfloat16"]

@@ -28,6 +28,7 @@ from videoswin_kernels.geometry import clamp_window
 from videoswin_kernels.ops.attention import window_attention
 from videoswin_kernels.ops.patch_merging import patch_merging
 from videoswin_kernels.ops.residual_norm import residual_norm
+from videoswin_kernels.selection import refuse_script
 
 # The attribute with the rate, by the class of a stochastic depth (timm and mmcv: DropPath).
 RATES = {"StochasticDepth": "p", "DropPath": "drop_prob"}
@@ -179,6 +180,7 @@ class Part(nn.Module):
     operators: ClassVar[tuple[str, ...]]
     original: ClassVar[type[nn.Module]]
     kernels: ClassVar[str]
+    __prepare_scriptable__ = refuse_script
 
     def uses(self) -> Iterator[Use]:
         """The operators of the part, as it would run now."""
