@@ -7,13 +7,14 @@ import re
 
 import official_structures as structures
 import pytest
+import torch
 import torch.nn.functional as F
 from accelerate_suite import runs_here, small, types
-from official_structures import mm, official
+from official_structures import TimmDropPath, mm, official
 from test_accelerate_structures import backbone, block
 from torch import nn
 
-from videoswin_kernels import accelerate
+from videoswin_kernels import accelerate, explain
 
 pytestmark = runs_here
 
@@ -96,6 +97,20 @@ LOOK_ALIKES = {
 }
 
 
+def dropped_once(run, self, x):
+    return self.mlp(self.norm2(x))
+
+
+def other_in_eval_mode(run, self, x):
+    return (1 if self.training else 0.9) * run(self, x)
+
+
+LOOK_ALIKES |= {
+    "one branch undropped": ("SwinTransformerBlock3D", "forward_part2", dropped_once),
+    "another in eval mode": ("SwinTransformerBlock3D", "forward_part2", other_in_eval_mode),
+}
+
+
 @pytest.mark.parametrize("twist", LOOK_ALIKES.values(), ids=LOOK_ALIKES)
 @pytest.mark.parametrize("spelling", [{}, structures.MM], ids=["official", "mm"])
 def test_a_structure_that_computes_something_else_is_refused(spelling, twist):
@@ -104,7 +119,7 @@ def test_a_structure_that_computes_something_else_is_refused(spelling, twist):
     kind, method, twisted = twist
     run = getattr(getattr(other, kind), method)
     setattr(getattr(other, kind), method, lambda *x, **mask: twisted(run, *x, **mask))
-    model = nn.ModuleList([small(), backbone(other), block(mm)[0]])
+    model = nn.ModuleList([small(), backbone(other, drop_path_rate=0.2), block(mm)[0]])
     kinds = types(model)
     with pytest.raises(ValueError, match=r"^accelerate: ") as caught:
         accelerate(model)
@@ -130,6 +145,52 @@ def test_every_class_of_attention_is_asked(place):
     ):
         accelerate(model)
     assert types(model) == kinds
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_every_class_of_stochastic_depth_is_asked(place):
+    """One of the same name draws for each channel."""
+
+    class DropPath(TimmDropPath):
+        def forward(self, x):
+            return x * torch.empty_like(x).bernoulli_(0.5) if self.training else x
+
+    model = backbone(official, drop_path_rate=0.2)
+    model.layers[1].blocks[place].drop_path.__class__ = DropPath
+    kinds = types(model)
+    with pytest.raises(ValueError, match=r"^accelerate: .*SwinTransformerBlock3D"):
+        accelerate(model)
+    assert types(model) == kinds
+
+
+ODDITIES = {
+    "no norm2": lambda block: delattr(block, "norm2"),
+    "no softmax": lambda block: delattr(block.attn, "softmax"),
+    "a window of one number": lambda block: setattr(block, "window_size", 7),
+    "a window of two numbers": lambda block: setattr(block, "window_size", (3, 3)),
+    "no shift": lambda block: setattr(block, "shift_size", None),
+    "a table of more rows": lambda block: setattr(
+        block.attn, "relative_position_bias_table", nn.Parameter(torch.zeros(999, 2))
+    ),
+    "an index of more rows": lambda block: setattr(
+        block.attn, "relative_position_index", torch.zeros(99, 99, dtype=torch.int64)
+    ),
+    "no index": lambda block: delattr(block.attn, "relative_position_index"),
+}
+
+
+@pytest.mark.parametrize("oddity", ODDITIES.values(), ids=ODDITIES)
+def test_what_has_another_structure_stays_what_it_is_and_is_named(oddity):
+    model = nn.ModuleList([small(), block(official)[0]])
+    oddity(model[1])
+    kinds = types(model[1])
+    accelerate(model)
+    assert types(model[1]) == kinds
+    kept = [each for each in explain(model) if each.kernels == "original"]
+    assert {each.operator for each in kept} == {"window_attention", "residual_norm"}
+    assert all(each.reason.startswith("1 has ") for each in kept)
+    with pytest.raises(ValueError, match=r"^accelerate: .* SwinTransformerBlock3D has "):
+        accelerate(model[1])
 
 
 def test_a_word_cannot_be_changed_beside_a_look_alike():

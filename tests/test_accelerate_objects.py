@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate_suite import (
     PADDED,
+    SMALL,
     accelerated,
     assert_same,
     calls,
@@ -249,6 +250,16 @@ def test_any_gradient_mode_will_do(mode):
     with mode():
         accelerate(model)
     assert_same(outcome(model, x), outcome(original, x), 1e-11)
+
+
+def test_a_model_without_memory_will_do():
+    with torch.device("meta"):
+        model = SwinTransformer3d(**SMALL)
+    accelerate(model)
+    assert model(X.to("meta")).shape == (1, 5)
+    model.to_empty(device="cpu").load_state_dict(small().state_dict())
+    assert distance(model.eval()(X), small()(X)) < 1e-5
+    assert calls(model, X) == FUSED
 
 
 def test_any_default_will_do():

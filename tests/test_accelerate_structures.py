@@ -137,6 +137,21 @@ class OtherDropPath(nn.Module):
         return x * torch.bernoulli(torch.full((len(x), 1, 1, 1, 1), self.rate, dtype=x.dtype))
 
 
+class Half(nn.Identity):
+    """Under the name of what does nothing."""
+
+    def forward(self, x):
+        return 0.5 * x
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_subclass_of_identity_in_place_of_stochastic_depth_is_called(when):
+    original, mask = block(official)
+    fast = accelerated(original, "fused" if when == "after" else "reference")
+    original.drop_path = fast.drop_path = Half()
+    assert_same(outcome(accelerate(fast), GRID, mask), outcome(original, GRID, mask), 1e-11)
+
+
 class PerChannel(OtherDropPath):
     """It drops channels in place of clips."""
 

@@ -87,13 +87,28 @@ class Quiet(nn.Module):
         return scores.exp() / (1 + scores.exp().sum(-1, keepdim=True))
 
 
+class OwnSoftmax(nn.Softmax):
+    def forward(self, scores):
+        return super().forward(2 * scores)
+
+
+class OwnDropout(nn.Dropout):
+    def forward(self, weights):
+        return 0.5 * weights
+
+
+OTHERS = {
+    "softmax": ("softmax", Quiet()),
+    "axis of softmax": ("softmax", nn.Softmax(dim=-2)),
+    "subclass of softmax": ("softmax", OwnSoftmax(dim=-1)),
+    "attn_drop": ("attn_drop", nn.Softplus()),
+    "subclass of attn_drop": ("attn_drop", OwnDropout(0.0)),
+}
+
+
 @FAMILIES
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize(
-    ("name", "other"),
-    [("softmax", Quiet()), ("attn_drop", nn.Softplus()), ("softmax", nn.Softmax(dim=-2))],
-    ids=["softmax", "attn_drop", "axis of softmax"],
-)
+@pytest.mark.parametrize(("name", "other"), OTHERS.values(), ids=OTHERS)
 def test_exchanged_modules_within_attention_count(family, name, other, when):
     original, mask = block(family)
     fast = accelerated(original, "fused" if when == "after" else "reference")
