@@ -131,6 +131,14 @@ def test_a_structure_that_computes_something_else_is_refused(spelling, twist):
     assert types(model) == kinds
 
 
+def test_it_is_asked_on_numbers_whatever_device_is_the_default():
+    other = structures.family()
+    other.PatchMerging.forward = lambda self, x, run=other.PatchMerging.forward: 0.5 * run(self, x)
+    model = backbone(other)
+    with torch.device("meta"), pytest.raises(ValueError, match="PatchMerging"):
+        accelerate(model)
+
+
 @pytest.mark.parametrize("place", [0, 1])
 def test_every_class_of_attention_is_asked(place):
     """Also where blocks of one class hold several, under one name."""
