@@ -30,10 +30,6 @@ def pads_before_the_norm(run, self, x, mask):
     return run(self, x, mask)[:, : grid[0], : grid[1], : grid[2]]
 
 
-def fails(run, self, x):
-    raise RuntimeError("it takes no such grid.\nIt never did.")
-
-
 def is_clamped(self, x):
     return x.shape[1] < len(self.relative_position_index)
 
@@ -88,7 +84,6 @@ LOOK_ALIKES = {
         "forward",
         lambda run, self, x: run(self, x[:, :, : max(1, x.shape[2] // 2 * 2)]),
     ),
-    "an error": ("PatchMerging", "forward", fails),
     "half of it": (
         "PatchMerging",
         "forward",
@@ -240,3 +235,37 @@ def test_names_alone_are_no_structure():
         with pytest.raises(ValueError, match=r"^accelerate: "):
             accelerate(model)
         assert types(model) == kinds
+
+
+def test_what_cannot_be_asked_stays_what_it_is_and_is_named():
+    """Merging of 2-D models, as timm and upstream's 2-D repository have it, beside a 3-D one."""
+
+    class PatchMerging(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.reduction, self.norm = nn.Linear(32, 16, bias=False), nn.LayerNorm(32)
+
+        def forward(self, x):
+            if x.dim() != 4:
+                raise RuntimeError("it takes a picture.\nAnd nothing else.")
+            return self.reduction(self.norm(x.unflatten(1, (-1, 2)).flatten(2, 3).flatten(3)))
+
+    model = nn.ModuleList([small(), PatchMerging()])
+    kinds = types(model[1])
+    accelerate(model)
+    assert types(model[1]) == kinds
+    reason = "1 cannot be asked what it computes (RuntimeError it takes a picture.)"
+    assert [each.reason for each in explain(model) if each.kernels == "original"] == [reason]
+
+
+def test_where_no_attention_can_be_asked_the_reason_is_said():
+    other = structures.family()
+
+    def forward(self, x, mask=None):
+        return self.gate * x
+
+    other.WindowAttention3D.forward = forward
+    model = backbone(other)
+    said = r"whose layers\.0\.blocks\.0 cannot be asked what it computes \(AttributeError .*'gate'"
+    with pytest.raises(ValueError, match=said):
+        accelerate(model)

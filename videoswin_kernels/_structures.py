@@ -16,19 +16,24 @@ from __future__ import annotations
 import copy
 import copyreg
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.nn.modules.module import _has_any_global_hook
 
-from videoswin_kernels.geometry import clamp_window
+from videoswin_kernels.geometry import clamp_window, relative_position_index
 from videoswin_kernels.ops.attention import window_attention
 from videoswin_kernels.ops.patch_merging import patch_merging
 from videoswin_kernels.ops.residual_norm import residual_norm
 from videoswin_kernels.selection import refuse_script
+
+# Traced by torch.fx, the operators are nodes, and what x is cannot be asked (`is_grid`).
+fx.wrap("window_attention")
+fx.wrap("residual_norm")
+fx.wrap("patch_merging")
 
 # The attribute with the rate, by the class of a stochastic depth (timm and mmcv: DropPath).
 RATES = {"StochasticDepth": "p", "DropPath": "drop_prob"}
@@ -97,16 +102,21 @@ def clip_factor(drop_path: nn.Module, branch: Tensor) -> Tensor | None:
     return drop_path(branch.new_ones((branch.shape[0], 1, 1, 1, 1))).flatten()
 
 
+def is_grid(x: Tensor | fx.Proxy) -> bool:
+    """Whether x has five axes, [B, D, H, W, C]."""
+    return isinstance(x, fx.Proxy) or x.dim() == 5
+
+
 def add_and_norm(
     x: Tensor, branch: Tensor, norm: nn.Module, drop_path: nn.Module, kernels: str
 ) -> tuple[Tensor, Tensor]:
     """x + drop_path(branch) and the norm of it, by one operator where nothing is lost by it."""
     if (
-        x.dim() == 5
-        and norm_obstacle(norm, x.shape[-1]) is None
+        is_grid(x)
+        and norm_obstacle(norm, _channels(x)) is None
         and depth_obstacle(drop_path) is None
         # The operator's sum has the dtype of x.
-        and torch.promote_types(x.dtype, branch.dtype) == x.dtype
+        and (isinstance(x, fx.Proxy) or torch.promote_types(x.dtype, branch.dtype) == x.dtype)
     ):
         return residual_norm(
             x,
@@ -119,6 +129,11 @@ def add_and_norm(
         )
     x = x + drop_path(branch)
     return x, norm(x)
+
+
+def _channels(x: Tensor | fx.Proxy, times: int = 1) -> int | None:
+    """The channels of so many tokens of x, None where it is traced."""
+    return None if isinstance(x, fx.Proxy) else times * x.shape[-1]
 
 
 def attend(
@@ -151,14 +166,17 @@ def _qkv_of_padding(
     """What `qkv` makes of a padded place, [3C]: a plain Linear its bias."""
     if type(qkv).forward is nn.Linear.forward and obstacle(qkv) is None:
         return qkv.bias
-    grid = tuple(x.shape[1:4])
-    _, _, padded = clamp_window(grid, window, shift)
-    return None if padded == grid else qkv(x.new_zeros((1, 1, 1, 1, x.shape[-1]))).flatten()
+    if not isinstance(x, fx.Proxy):
+        grid = tuple(x.shape[1:4])
+        _, _, padded = clamp_window(grid, window, shift)
+        if padded == grid:
+            return None
+    return qkv(x.new_zeros((1, 1, 1, 1, x.shape[-1]))).flatten()
 
 
 def head_width(attention: nn.Module) -> int | None:
-    """Channels of a head, None where `qkv` does not tell."""
-    channels = getattr(attention.qkv, "in_features", None)
+    """Channels of a head, None where there is no `qkv` that tells."""
+    channels = getattr(getattr(attention, "qkv", None), "in_features", None)
     return None if channels is None else channels // attention.num_heads
 
 
@@ -170,6 +188,7 @@ class Part(nn.Module):
         methods: those of that class that it stands for: a subclass may not have its own.
         needs: the attributes of that class that it uses.
         operators: those of this package that it uses.
+        index: where its relative_position_index is, which it takes for granted; "" for none.
         original: the class that the part was found with.
         kernels: which implementation runs the operators (`videoswin_kernels.selection`).
     """
@@ -178,6 +197,7 @@ class Part(nn.Module):
     methods: ClassVar[tuple[str, ...]] = ("forward",)
     needs: ClassVar[tuple[str, ...]]
     operators: ClassVar[tuple[str, ...]]
+    index: ClassVar[str] = ""
     original: ClassVar[type[nn.Module]]
     kernels: ClassVar[str]
     __prepare_scriptable__ = refuse_script
@@ -205,8 +225,23 @@ class Part(nn.Module):
             return inherited(memo)
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(super().__reduce_ex__(4)[2], memo))
+        # torch forbids to pickle what was parametrised since, not to copy it.
+        is_derived = "original" not in vars(type(self))
+        state = self.__dict__ if is_derived else super().__reduce_ex__(4)[2]
+        copied.__setstate__(copy.deepcopy(state, memo))
         return copied
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *others: Any, **more: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *others, **more)
+        index = state_dict.get(f"{prefix}{self.index}")
+        if isinstance(index, Tensor) and has_other_order(index, self.window_size):
+            error_msgs = more["error_msgs"] if "error_msgs" in more else others[-1]
+            error_msgs.append(
+                f"{prefix}{self.index} must be that of the window {tuple(self.window_size)} in "
+                "accelerated attention, got another order; load before you accelerate"
+            )
 
 
 class Attention(Part):
@@ -216,6 +251,7 @@ class Attention(Part):
     methods = ("forward", "get_relative_position_bias")
     needs = ("qkv", "proj", "num_heads", "attention_dropout", "dropout")
     operators = ("window_attention",)
+    index = "relative_position_index"
 
     def forward(self, x: Tensor) -> Tensor:
         if self._why_not() is not None:
@@ -257,6 +293,7 @@ class Block3D(Part):
     methods = ("forward", "forward_part1", "forward_part2")
     needs = ("norm1", "attn", "drop_path", "norm2", "mlp")
     operators = ("window_attention", "residual_norm")
+    index = "attn.relative_position_index"
 
     def forward_part1(self, x: Tensor, mask_matrix: Tensor | None) -> Tensor:
         if self._why_not() is not None or (mask_matrix is None and self._is_shifted(x)):
@@ -316,13 +353,22 @@ class Merging(Part):
 
     def forward(self, x: Tensor) -> Tensor:
         norm = self.norm
-        if x.dim() != 5 or norm_obstacle(norm, 4 * x.shape[-1]) is not None:
+        if not is_grid(x) or norm_obstacle(norm, _channels(x, 4)) is not None:
             return super().forward(x)
         x = patch_merging(x, norm.weight, norm.bias, eps=norm.eps, kernels=self.kernels)
         return self.reduction(x)
 
     def uses(self) -> Iterator[Use]:
         yield Use("patch_merging", None, norm_obstacle(self.norm), "norm")
+
+
+def has_other_order(index: Tensor, window: Sequence[int]) -> bool:
+    """Whether it is no relative_position_index of the window; False where it has no numbers yet."""
+    if index.is_meta or isinstance(index, FakeTensor):
+        return False
+    with unset_fake_temporarily():
+        expected = torch.from_numpy(relative_position_index(tuple(window)))
+        return index.shape != expected.shape or not torch.equal(index.cpu().long(), expected)
 
 
 def residual_use(norm: nn.Module, drop_path: nn.Module, name: str) -> Use:
@@ -333,9 +379,15 @@ def residual_use(norm: nn.Module, drop_path: nn.Module, name: str) -> Use:
     return Use("residual_norm", None, depth_obstacle(drop_path), name)
 
 
-@cache
 def subclass(part: type[Part], original: type[nn.Module], kernels: str) -> type[Part]:
-    """The class of an accelerated `original`, under its name, for one word."""
+    """The class of an accelerated `original`, under its name, for one word: the same each time.
+
+    Raises ValueError if no class can be derived from `original` without arguments.
+    """
+    # It holds them weakly: no class lives on because it was accelerated once.
+    for made in type.__subclasses__(original):
+        if issubclass(made, part) and is_ours(made) and made.kernels == kernels:
+            return made
     members = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -343,7 +395,13 @@ def subclass(part: type[Part], original: type[nn.Module], kernels: str) -> type[
         "original": original,
         "kernels": kernels,
     }
-    return type(original.__name__, (part, original), members)
+    try:
+        return type(original.__name__, (part, original), members)
+    except TypeError as error:
+        raise ValueError(
+            f"accelerate: {original.__name__} must be a class that others can be derived from "
+            f"without arguments, got {error}; give those of its __init_subclass__ a default"
+        ) from error
 
 
 PARTS = (Attention, Block, Block3D, Merging)

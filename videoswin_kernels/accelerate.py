@@ -10,13 +10,16 @@ is asked on random numbers, and has to answer as ours does, before anything is c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from math import prod
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.utils.parametrize import is_parametrized
 
-from videoswin_kernels._stand_ins import check_answer, classes_of
+from videoswin_kernels._stand_ins import DIFFERS, classes_of, verdict
 from videoswin_kernels._structures import (
     ATTENTION_NEEDS,
     PARTS,
@@ -25,12 +28,13 @@ from videoswin_kernels._structures import (
     Block3D,
     Part,
     Use,
+    has_other_order,
     is_ours,
     known_class,
     subclass,
 )
-from videoswin_kernels.geometry import relative_position_index, table_rows
-from videoswin_kernels.selection import check_word
+from videoswin_kernels.geometry import table_rows
+from videoswin_kernels.selection import check_word, takes_word
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -74,8 +78,8 @@ def accelerate(module: M, kernels: str = "fused") -> M:
     Raises:
         TypeError: no nn.Module.
         ValueError: an unknown `kernels`; nothing is found; TorchScript; a part that has the names
-            of a known class and computes something else, or that was wrapped after it was
-            accelerated. Nothing is changed then.
+            of a known class and computes something else, whose class cannot be derived from, or
+            that was wrapped after it was accelerated. Nothing is changed then.
         RuntimeError: at the first forward, if the kernels asked for cannot run.
     """
     where = "accelerate"
@@ -88,28 +92,35 @@ def accelerate(module: M, kernels: str = "fused") -> M:
             "model that it was made of, and use torch.compile or torch.export"
         )
     found = list(_find(module))
-    usable = [each for each in found if each.why_not is None]
-    if not any(each.becomes in (Attention, Block3D) for each in usable):
-        raise ValueError(f"{where}: {_why_nothing(module, found)}")
+    ours = [each for each in found if isinstance(each.module, Part)]
+    others = [each for each in found if not isinstance(each.module, Part)]
     if kernels != "reference":
-        kinds = {(each.base, classes_of(each.module)): each for each in usable}
-        for path, part, becomes, base, _ in kinds.values():
-            check_answer(f"{where}: {path or 'module'}", part, becomes, base)
+        others = list(_asked(others))
+        for each in others:
+            if each.why_not == DIFFERS:
+                raise ValueError(
+                    f"{where}: {each.path or 'module'} has the names of the {each.base.__name__} "
+                    f"that is known, but {DIFFERS}; build it on the operators instead"
+                )
+    usable = [each for each in others if each.why_not is None]
+    if not any(each.becomes in (Attention, Block3D) for each in [*ours, *usable]):
+        raise ValueError(f"{where}: {_why_nothing(module, [*ours, *others])}")
     changes = []
-    for each in usable:
+    for each in [*ours, *usable]:
         now = type(each.module)
-        original = vars(now).get("original", now)
-        if not is_ours(now) and isinstance(each.module, Part):
+        if isinstance(each.module, Part):
             if each.module.kernels == kernels:
                 continue
-            raise ValueError(
-                f"{where}: {each.path or 'module'} must be as it was accelerated, got it wrapped "
-                f"into {now.__name__} since; accelerate before wrapping, or undo that first"
-            )
-        becomes = original
-        if kernels != "reference":
-            becomes = subclass(each.becomes, original, kernels)
-        changes.append((each.module, becomes))
+            if not is_ours(now):
+                raise ValueError(
+                    f"{where}: {each.path or 'module'} must be as it was accelerated, got it "
+                    f"wrapped into {now.__name__} since; accelerate before wrapping, or undo that "
+                    "first"
+                )
+            now = now.original
+        changes.append(
+            (each.module, now if kernels == "reference" else subclass(each.becomes, now, kernels))
+        )
     for part, becomes in changes:
         part.__class__ = becomes
     return module
@@ -120,8 +131,8 @@ def uses_of(module: nn.Module) -> Iterator[tuple[str, str, Use]]:
     found = list(_find(module))
     if not any(isinstance(each.module, Part) for each in found):
         return
-    for each in found:
-        if isinstance(each.module, Part):
+    for each in _asked(found):
+        if isinstance(each.module, Part) and each.why_not is None:
             for use in each.module.uses():
                 yield each.path, each.module.kernels, use
         else:
@@ -136,17 +147,43 @@ def _find(module: nn.Module) -> Iterator[Found]:
             base = known_class(part, becomes.found_as)
             if base is None:
                 continue
-            derived = type(part).__mro__[: type(part).__mro__.index(base)]
-            own = [part.__dict__, *(vars(each) for each in derived if not is_ours(each))]
-            changed = [name for name in becomes.methods if any(name in each for each in own)]
-            if changed:
-                yield Found(path, part, becomes, base, f"has a {changed[0]} of its own")
-            else:
-                yield Found(path, part, becomes, base, _other_structure(part, becomes))
+            why_not = _own_method(part, becomes, base)
+            # What is ours looks at its structure anew in each forward.
+            if why_not is None and not isinstance(part, Part):
+                why_not = _other_structure(part, becomes)
+            yield Found(path, part, becomes, base, why_not)
+
+
+def _asked(found: Iterable[Found]) -> Iterator[Found]:
+    """The same; where nothing speaks against a part, what a stand-in of its classes answers."""
+    verdicts: dict[tuple[type, ...], str | None] = {}
+    for each in found:
+        if each.why_not is None and not isinstance(each.module, Part):
+            classes = (each.base, *classes_of(each.module))
+            if classes not in verdicts:
+                verdicts[classes] = verdict(each.module, each.becomes, each.base)
+            each = each._replace(why_not=verdicts[classes])
+        yield each
+
+
+def _own_method(part: nn.Module, becomes: type[Part], base: type[nn.Module]) -> str | None:
+    """What a subclass, or the object, does its own way and would not do as ours, if anything."""
+    derived = type(part).__mro__[: type(part).__mro__.index(base)]
+    own = [part.__dict__, *(vars(each) for each in derived if not is_ours(each))]
+    changed = [name for name in becomes.methods if any(name in each for each in own)]
+    # Who says how it is pickled may name its class.
+    own.append(vars(base))
+    changed += [
+        name for name in ("__reduce__", "__reduce_ex__") if any(name in each for each in own)
+    ]
+    return f"has a {changed[0]} of its own" if changed else None
 
 
 def _other_structure(part: nn.Module, becomes: type[Part]) -> str | None:
     """What a module of a known name has otherwise than the class of that name, if anything."""
+    # To undo it torch takes the first base of the class, which would be ours.
+    if is_parametrized(part):
+        return "is parametrised; accelerate before that"
     lacking = [name for name in becomes.needs if not hasattr(part, name)]
     if not lacking and becomes is Block3D:
         lacking = [f"attn.{name}" for name in ATTENTION_NEEDS if not hasattr(part.attn, name)]
@@ -172,11 +209,11 @@ def _other_window(part: nn.Module, attention: nn.Module) -> str | None:
     shape = (table_rows(window), attention.num_heads)
     if not isinstance(table, Tensor) or tuple(table.shape) != shape:
         return f"has no relative_position_bias_table {list(shape)}"
-    expected = torch.from_numpy(relative_position_index(tuple(window)))
-    if not isinstance(index, Tensor) or index.shape != expected.shape:
-        return f"has no relative_position_index {list(expected.shape)}"
-    if not index.is_meta and not torch.equal(index.cpu().long(), expected):
-        return "has a relative_position_index of another order"
+    shape = [prod(window)] * 2
+    if not isinstance(index, Tensor) or list(index.shape) != shape:
+        return f"has no relative_position_index {shape}"
+    if has_other_order(index, window):
+        return "has a relative_position_index of another order, or not loaded yet"
     return None
 
 
@@ -184,7 +221,9 @@ def _why_nothing(module: nn.Module, found: list[Found]) -> str:
     """The end of the sentence that refuses a module without an attention that could be fused."""
     name = type(module).__name__
     wanted = "module must hold 3-D Swin blocks of torchvision, of upstream or of mmaction2 1.x"
-    if any(hasattr(each, "operator") and hasattr(each, "kernels") for each in module.modules()):
+    if isinstance(module, GraphModule):
+        return f"{wanted}, got {name}, which has none any more; accelerate before tracing"
+    if any(map(takes_word, module.modules())):
         return f"{wanted}, got {name}, which takes kernels= itself, where it is made"
     kept = [each for each in found if each.why_not is not None]
     if kept:

@@ -379,12 +379,20 @@ def _place(example: Tensor | None) -> tuple:
     return example.device.type, example.device.index, (example.dtype,)
 
 
+def takes_word(module: nn.Module) -> bool:
+    """Whether a module says which operator it uses, and with which word, as those of `model` do."""
+    operator, kernels = (getattr(module, name, None) for name in ("operator", "kernels"))
+    # A stranger's attributes of these names may be anything.
+    are_names = isinstance(operator, str) and isinstance(kernels, str)
+    return are_names and operator in OPERATORS and kernels in WORDS
+
+
 def _explain_module(module: nn.Module, example: Tensor | None) -> list[Choice]:
     # Imported here, as it imports the operators, which import this file.
     from videoswin_kernels.accelerate import uses_of
 
     place = _place(next(module.parameters(), None) if example is None else example)
-    users = [m for m in module.modules() if hasattr(m, "operator")]
+    users = [m for m in module.modules() if takes_word(m)]
     uses = list(uses_of(module))
     if not users and not uses:
         raise ValueError(f"explain: {type(module).__name__} holds no module that uses an operator")
