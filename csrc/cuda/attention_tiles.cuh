@@ -205,7 +205,8 @@ __device__ __forceinline__ void multiply_weights(float (&d)[E / 8][4],
   float sum[E / 8][4] = {};
 #pragma unroll
   for (int n = 0; n < TILES; ++n) {
-#pragma unroll
+    // Of all eight rows of a wide head, nvcc 13.2 to 13.5 load the pieces at once, and spill.
+#pragma unroll(E == 64 ? 4 : 8)
     for (int j = 0; j < 8; ++j) {
       const int holder = (lane & ~3) | j / 2;
       const float above = __shfl_sync(ALL_LANES, weights[n][j % 2], holder);
