@@ -24,6 +24,8 @@ SMALL = {
     "num_classes": 5,
     "stochastic_depth_prob": 0.0,
 }
+# How often a pass of `small` calls each operator.
+FUSED = {"window_attention": 4, "residual_norm": 4, "patch_merging": 1}
 # Clips [B, 3, T, H, W] for windows (2, 3, 3) of patches (2, 4, 4). Their token grids: padded on
 # every axis; clamped to one window; of odd numbers of pixels; a whole number of windows.
 SIZES = {

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate_suite import (
+    FUSED,
     accelerated,
     assert_same,
     assert_same_events,
@@ -39,7 +40,6 @@ MODULES = (
 # A grid of 3 x 5 x 4 tokens, padded and shifted, whatever else.
 X = clips((1, 3, 6, 19, 16), torch.float64)
 # What runs where every norm is its own.
-FUSED = {"window_attention": 4, "residual_norm": 4, "patch_merging": 1}
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate_suite import (
+    FUSED,
     PADDED,
     SMALL,
     accelerated,
@@ -36,7 +37,6 @@ from videoswin_kernels import accelerate, explain, selection
 pytestmark = runs_here
 
 PARTS = (SwinTransformerBlock, ShiftedWindowAttention3d, PatchMerging)
-FUSED = {"window_attention": 4, "residual_norm": 4, "patch_merging": 1}
 X = clips((1, *PADDED[1:]))
 
 

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from accelerate_suite import (
+    FUSED,
     PADDED,
     SIZES,
     accelerated,
@@ -31,7 +32,6 @@ from videoswin_kernels import accelerate, explain
 
 pytestmark = runs_here
 
-FUSED = {"window_attention": 4, "residual_norm": 4, "patch_merging": 1}
 X = clips((1, *PADDED[1:]))
 
 

@@ -9,6 +9,7 @@ import official_structures as structures
 import pytest
 import torch
 from accelerate_suite import (
+    FUSED,
     accelerated,
     assert_same,
     assert_within,
@@ -31,7 +32,6 @@ from videoswin_kernels import accelerate, explain
 pytestmark = runs_here
 
 FAMILIES = pytest.mark.parametrize("family", [official, mm], ids=["official", "mm"])
-FUSED = {"window_attention": 4, "residual_norm": 4, "patch_merging": 1}
 # For patches (2, 4, 4): token grids padded on all axes, clamped, odd, and of whole windows.
 SIZES = {
     "padded": (2, 3, 6, 40, 36),

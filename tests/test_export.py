@@ -19,10 +19,6 @@ from videoswin_kernels.selection import Call, UnavailableError, choose
 
 HAS_CPU = extension.why_not("_ops_cpu") is None
 NEEDS_CPU = pytest.mark.skipif(not HAS_CPU, reason="no kernels for processors here")
-CPU = pytest.param("cpu", marks=NEEDS_CPU)
-# The reference is traced in seconds; torchvision's own model is what accelerate makes of the word.
-REFERENCE = pytest.param("reference", marks=pytest.mark.slow)
-WORD = pytest.mark.parametrize("word", [CPU, REFERENCE])
 # How often the models below, of three blocks, call each operator.
 NODES = {
     "videoswin_cpu.window_attention.default": 3,
@@ -46,7 +42,12 @@ def theirs(word):
     return accelerate(randomize(model).eval(), word)
 
 
-MODEL = pytest.mark.parametrize("make", [ours, theirs])
+def each_model(marks_of_theirs):
+    """Rows (make, word): the reference is traced in seconds; of theirs it is torchvision's own."""
+    rows = [pytest.param(ours, "cpu", marks=NEEDS_CPU)]
+    rows += [pytest.param(ours, "reference", marks=pytest.mark.slow)]
+    rows += [pytest.param(theirs, "cpu", marks=[NEEDS_CPU, *marks_of_theirs])]
+    return pytest.mark.parametrize(("make", "word"), rows)
 
 
 def clips(batch):
@@ -67,22 +68,13 @@ def check_compiled(model, dynamic):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("make", [ours, pytest.param(theirs, marks=pytest.mark.slow)])
-@WORD
+@each_model([pytest.mark.slow])
 def test_one_graph_for_all_numbers_of_clips(make, word):
     check_compiled(make(word), None)
 
 
-# A model given "reference" is torchvision's own: with symbols for all sizes, two minutes of theirs.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("make", "word"),
-    [
-        pytest.param(ours, "cpu", marks=NEEDS_CPU),
-        (ours, "reference"),
-        pytest.param(theirs, "cpu", marks=NEEDS_CPU),
-    ],
-)
+@each_model([])
 def test_one_graph_with_symbols_for_all_sizes(make, word):
     check_compiled(make(word), True)
 
@@ -92,8 +84,7 @@ def exported(model):
     return torch.export.export(model, (clips(2),), dynamic_shapes=({0: batch},))
 
 
-@MODEL
-@WORD
+@each_model([])
 def test_an_exported_model_has_our_operators_and_any_number_of_clips(make, word):
     model = make(word)
     program = exported(model)

@@ -211,6 +211,14 @@ def test_torchvision_is_not_needed(alone):
         "print(tuple(videoswin_kernels.cyclic_shift(torch.ones(1, 2, 3, 4, 5), (1, 1, 1)).shape))"
     )
     assert said(alone, "-c", ask) == "(1, 2, 3, 4, 5)\n"
+    ask = (
+        f"import sys, torch; sys.path.append({str(ROOT / 'tests')!r}); "
+        "from official_structures import official; from videoswin_kernels import accelerate; "
+        "model = official.SwinTransformer3D().eval(); clips = torch.randn(1, 3, 6, 28, 24); "
+        "expected = model(clips); torch.testing.assert_close(accelerate(model)(clips), expected); "
+        "print(type(model.layers[0].blocks[0]).kernels)"
+    )
+    assert said(alone, "-c", ask) == "fused\n"
     ask = "from videoswin_kernels import accelerate; from torch import nn; accelerate(nn.ReLU())"
     done = run(alone.parent, str(alone), "-c", ask)
     assert "ValueError: accelerate: module must hold 3-D Swin blocks" in done.stderr
