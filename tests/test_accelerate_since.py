@@ -20,8 +20,8 @@ from accelerate_suite import (
     small,
     types,
 )
-from official_structures import official
-from test_accelerate_structures import block
+from official_structures import family, official
+from test_accelerate_structures import backbone, block
 from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.nn.utils import parametrize
@@ -200,6 +200,16 @@ def test_a_class_lives_no_longer_than_its_modules():
     del model, Own
     gc.collect()
     assert reference() is None
+
+
+def test_attributes_of_a_class_are_its_own():
+    classes = family()
+    classes.SwinTransformerBlock3D.original = classes.SwinTransformerBlock3D.kernels = "mine"
+    model = backbone(classes)
+    kinds = types(model)
+    accelerate(model)
+    assert {each.operator for each in explain(model) if each.kernels == "cpu"} == set(FUSED)
+    assert types(accelerate(model, "reference")) == kinds
 
 
 class Reduced(SwinTransformerBlock):

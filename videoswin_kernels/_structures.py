@@ -409,7 +409,7 @@ PARTS = (Attention, Block, Block3D, Merging)
 
 def is_ours(cls: type) -> bool:
     """Whether a class is one of those above, or made of one by `subclass`."""
-    return cls is Part or cls in PARTS or "original" in vars(cls)
+    return cls is Part or cls in PARTS or (issubclass(cls, Part) and "original" in vars(cls))
 
 
 def known_class(module: nn.Module, name: str) -> type[nn.Module] | None:
