@@ -263,6 +263,7 @@ def test_a_bad_line_of_an_index_is_named(tmp_path, line):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the most memory is read from /proc")
 def test_a_million_lines_are_read_in_seconds_and_in_little_memory(tmp_path):
     """In a process of its own: its most memory is what counts."""
     with open(tmp_path / "train.txt", "w") as file:
@@ -270,10 +271,11 @@ def test_a_million_lines_are_read_in_seconds_and_in_little_memory(tmp_path):
             label = number % 400
             file.write(f"class {label}/video_{number:07d}_000010.mp4 {label}\n")
     program = (
-        "import resource, sys, time; began = time.monotonic(); from train.lists import read_list;"
-        "found = read_list(__import__('pathlib').Path(sys.argv[1]), 400);"
-        "print(len(found), time.monotonic() - began,"
-        " resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+        "import re, sys, time; began = time.monotonic(); from train.lists import read_list;"
+        "from pathlib import Path; found = read_list(Path(sys.argv[1]), 400);"
+        # What getrusage says is at least what the process had that started this one.
+        "(most,) = re.findall(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text());"
+        "print(len(found), time.monotonic() - began, int(most) / 1024)"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "train.txt")]
     root = Path(__file__).parents[1]

@@ -78,6 +78,26 @@ with joined("cpu") as group:
 """
 
 
+# Which threads that send live on after a model in parts: one of them with work that it has just
+# done would abort the process that ends.
+THREADS = """
+from pathlib import Path
+import torch
+from train.parallel import joined, spread
+
+def count():
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum(name.startswith("pt_gloo") for name in names)
+
+with joined("cpu") as group:
+    module = spread(torch.nn.Linear(4, 4), "fsdp", group, compiles=False)
+    module(torch.ones(2, 4)).sum().backward()
+    group.total(1)
+    both = count()
+print("ended" if count() < both else "left")
+"""
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     """24 steps of three clips or of one, in passes of one clip: rank 1 has one clip, or none.
@@ -180,6 +200,13 @@ def test_a_model_in_parts_is_a_whole_one(fsdp, ddp, tmp_path):
 @pytest.mark.slow
 def test_parameters_in_bfloat16_are_alike_in_parts(recipe, tmp_path):
     assert torchrun(recipe, tmp_path / "run", program=HALVES).stdout.count("alike") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the names of threads are read from /proc")
+def test_threads_of_the_last_words_end_with_the_group(recipe, tmp_path):
+    done = torchrun(recipe, tmp_path / "run", program=THREADS)
+    assert done.stdout.count("ended") == 2, done.stdout
 
 
 def older(run, tmp_path):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
@@ -123,7 +123,9 @@ def spread(model: nn.Module, parallel: Parallel, group: Group, *, compiles: bool
         return DistributedDataParallel(
             model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
         )
-    mesh = init_device_mesh(group.device.type, (group.world,))
+    # torch's caches keep a mesh, so what it sends by is not ended by `joined`, and a thread that has
+    # just sent something aborts a process that ends. The group of the last words is another one.
+    mesh = DeviceMesh.from_group(dist.new_group(), group.device.type)
     for module in list(model.modules()):
         if isinstance(module, SwinTransformerBlock3D):
             if compiles:
