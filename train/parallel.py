@@ -123,7 +123,7 @@ def spread(model: nn.Module, parallel: Parallel, group: Group, *, compiles: bool
         return DistributedDataParallel(
             model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
         )
-    # torch's caches keep a mesh, so what it sends by is not ended by `joined`, and a thread that has
+    # torch's caches keep a mesh, so `joined` does not end what it sends by, and a thread that has
     # just sent something aborts a process that ends. The group of the last words is another one.
     mesh = DeviceMesh.from_group(dist.new_group(), group.device.type)
     for module in list(model.modules()):
