@@ -56,11 +56,13 @@ def write_video(
 ) -> Path:
     """Encode `pictures`, uint8 [H, W, 3] each, at `times` in ms, else 24 a second.
 
+    The same bytes each time, where Matroska would have identifiers drawn at random.
+
     `matrix` is FFmpeg's number for the coding of colours, which the file then says.
     """
     pictures = [quarters()] * 12 if pictures is None else pictures
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options={"fflags": "bitexact"}) as container:
         stream = container.add_stream(codec, rate=24, options=options)
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = pixels
